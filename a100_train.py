@@ -1,0 +1,983 @@
+#!/usr/bin/env python3
+"""第 3 步：从零训练一个中文 GPT-2（82.1 M 参数：8 层 × 768 维，12 个头，词表 32,000，上下文 1,024）。
+
+读什么：<work_dir>/corpus/ 和 tokenizer/；缺哪个，就先运行旁边的 prepare_corpus.py 或 train_tokenizer.py。
+留下什么（都在 --work_dir，默认 gpt2-chinese/）：
+    packed/                   编码好的语料，每个 token 两字节
+    checkpoints/              检查点；同一条命令再跑一次就从最新的接着训练
+    train_log.jsonl           每次日志一行：损失、学习率、速度；验证时另有一行
+    samples.jsonl、generation_samples.md   训练途中的续写
+    loss_curve.png            损失曲线（由旁边的 plot_loss.py 画）
+    final_model/              最终模型，AutoModelForCausalLM.from_pretrained 直接加载
+
+    python a100_train.py --preset demo      # 演示：没有显卡也能跑，不用联网，几分钟
+    python a100_train.py                    # 完整训练：维基 + 知乎，一张 A100
+    python a100_train.py --prepare_only     # 只准备数据，不需要显卡
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sentencepiece as spm
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import (
+    AttentionInterface,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+FORMAT = 1                           # 工作目录的格式版本
+PRESETS = {
+    "full": dict(corpus=["wiki", "zhihu"], vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024,
+                 batch_size=48, effective_batch_size=96,          # 48 × 2 × 1,024 = 98,304 token/步
+                 epochs=2.0, max_steps=0, learning_rate=3e-4, warmup_ratio=0.05, weight_decay=0.1,
+                 logging_steps=10, eval_steps=500),
+    "demo": dict(corpus=["demo"], vocab_size=3_000, n_layer=2, n_embd=128, n_head=4, block_size=64,
+                 batch_size=16, effective_batch_size=16,          # 16 × 64 = 1,024 token/步
+                 epochs=1.0, max_steps=2000, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.1,
+                 logging_steps=20, eval_steps=250),
+}
+REFERENCE_TOKENS = 11_838 * 98_304   # 公开参考的训练量，约 11.6 亿 token；只用来估算时间
+PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格，用来算 MFU
+PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165, "3090": 71,
+               "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+
+
+# ==== 0. 控制台与出错（各脚本里一字不差，由 tests/test_consistency.py 看守）====
+
+class UserError(Exception):
+    """使用者自己能改正的错误：只打印一行中文，退出码 1，没有 traceback。"""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse，但报错是一行中文，而且 --work-dir 和 --work_dir 都认。"""
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        dashes = re.compile(r"^--[\w-]+")
+        args = [dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
+        args = [re.sub(r"^--no_(?=\w)", "--no-", a) for a in args]
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        for english, chinese in (("argument ", "参数 "), ("unrecognized arguments:", "不认识的参数："),
+                                 ("expected one argument", "后面要跟一个值"),
+                                 ("expected at least one argument", "后面至少要跟一个值"),
+                                 ("ignored explicit argument", "不接受取值"),
+                                 ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
+            message = message.replace(english, chinese)
+        print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low, high=1e18):
+    """给 argparse 的 type=：返回一个函数，它只收 low 到 high 之间的 kind（int 或 float）。"""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"要一个{'整数' if kind is int else '数'}，得到 {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"要在 {low:g} 到 {high:g} 之间，得到 {text}")
+        return value
+    return parse
+
+
+def run(main):
+    """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        full = error.errno == 28 or "No space left" in str(error)
+        where = f"{error.filename}：" if error.filename else ""
+        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}"
+    except KeyboardInterrupt:
+        print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
+        sys.exit(130)
+    print("错误：" + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def replace_directory(staging, final):
+    """把写好的 staging 文件夹一步换成 final。先落盘，后改名。"""
+    for path in sorted(staging.iterdir()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())          # 先落盘再改名：断电也不会留下一个空壳
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def open_output_directory(final, marker="report.json"):
+    """锁住输出文件夹，建一个空的暂存文件夹；返回 (锁, 暂存文件夹)。
+
+    final 里没有 marker 文件，就不是我们生成的，拒绝覆盖；另一个进程正在写同一处也拒绝。
+    """
+    if final.exists() and not (final / marker).exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{final} 已存在，但不是本脚本生成的，不覆盖；换一个 --output_dir")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(final.with_name(f".{final.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"另一个进程正在写 {final}；等它结束，或换一个 --output_dir") from None
+    staging = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)       # 上次中断留下的半成品
+    staging.mkdir()
+    return lock, staging
+
+
+def iter_corpus(corpus_dir, split):
+    """逐篇给出 (text, source)；split 是 train 或 eval。一次只有一小批在内存里。"""
+    paths = sorted(Path(corpus_dir).glob(f"{split}-*.parquet"))
+    if not paths:
+        raise UserError(f"找不到 {corpus_dir}/{split}-*.parquet，请先运行 python prepare_corpus.py")
+    for path in paths:
+        try:
+            for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text", "source"]):
+                yield from zip(batch["text"].to_pylist(), batch["source"].to_pylist(), strict=True)
+        except (pa.ArrowException, KeyError) as error:
+            raise UserError(f"{path} 已损坏（{error}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py") from None
+
+
+def read_report(folder, name="report.json"):
+    """读一个生成的文件夹的 report.json（或 meta.json）；没有或坏了返回 {}。"""
+    try:
+        report = json.loads((Path(folder) / name).read_text("utf-8"))
+        complete = all((Path(folder) / file).stat().st_size == size for file, size in report["files"].items())
+        return report if complete else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+
+def write_text(path, text):
+    """先写到旁边再改名：中途断电，原来的文件也还在。"""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+def read_jsonl(path):
+    """读 JSON lines；最后一行可能因断电只写了一半，丢掉它。"""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def append_jsonl(path, row):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ==== 1. 设备与加速 ====
+
+def peak_flops(device):
+    """设备每秒浮点运算次数的峰值，和它的来历。表里没有的设备就实测一次大矩阵乘。"""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    for key, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{key}\b", name):
+            return tflops * 1e12, "官方规格"
+    size, dtype = (8192, torch.float16) if device == "cuda" else (1024, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()                 # .item() 等 GPU 算完
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, "实测矩阵乘"
+
+
+def flops_per_token(parameters, n_layer, n_embd, block_size):
+    """训练一个 token 的浮点运算次数：6N + 12·L·d·T（PaLM 论文附录 B；N 不含位置向量）。"""
+    return 6 * (parameters - block_size * n_embd) + 12 * n_layer * n_embd * block_size
+
+
+def stop_without_cuda(config):
+    """没有显卡就别开始几天的训练：一行说清要多久、演示怎么跑。"""
+    flops = REFERENCE_TOKENS * flops_per_token(82_066_944, 8, 768, 1024)
+    peak, _ = peak_flops("cpu")
+    raise UserError(f"没有找到 CUDA 显卡。完整训练约 {flops:.1e} 次浮点运算，这台 CPU 实测每秒 {peak / 1e9:.0f} G 次，至少要 "
+                    f"{flops / peak / 86400:.0f} 天。先看几分钟的演示：python a100_train.py --preset demo"
+                    f"（只准备数据用 --prepare_only，一定要用 CPU 就加 --device cpu）")
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+@dataclass
+class Speed:
+    """实际采用的加速设置。用户明说的办不到就报错，auto 才退而求其次。"""
+    device: str
+    precision: str
+    attention: str
+    optimizer: str
+    compile: bool
+    tf32: bool
+    liger: bool
+
+
+def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger, demo):
+    """按设备决定精度、注意力、优化器和开关；参数是命令行的原值，None 和 auto 表示自动。返回 Speed。"""
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("指定了 --device cuda，但没有可用的 CUDA 显卡；检查驱动和 torch 的 CUDA 版本，或去掉这个参数")
+    device = ("cuda" if cuda else "cpu") if device == "auto" else device
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    ampere = capability >= (8, 0)               # T4 是 7.5：没有 bf16、TF32 和 FlashAttention 2
+    if precision == "auto":
+        precision = "bf16" if ampere else "fp16" if device == "cuda" else "fp32"
+    elif precision == "bf16" and not ampere or precision == "fp16" and device == "cpu":
+        raise UserError(f"{'这张显卡' if device == 'cuda' else 'CPU'} 不适合 --precision {precision}："
+                        f"{'它用 fp16' if device == 'cuda' else '用 fp32'}，去掉这个参数即可")
+    flash = device == "cuda" and ampere and installed("flash_attn")
+    if attention == "auto":
+        attention = "flash_attention_2" if flash and precision != "fp32" else "sdpa"
+        if device == "cuda" and not flash:
+            print("没有装 flash-attn，用 PyTorch 自带的 SDPA（Ampere 及以后的卡上同样是 FlashAttention 核）")
+    elif attention == "flash_attention_2" and not flash:
+        raise UserError("指定了 --attn flash_attention_2，但它要 Ampere 以后的显卡和 flash-attn 包；改用 --attn sdpa")
+    if optimizer == "auto":
+        bnb = device == "cuda" and installed("bitsandbytes")
+        optimizer = "muon" if demo else "adamw_bnb_8bit" if bnb else "adamw_torch_fused"
+        if device == "cuda" and not bnb and not demo:
+            print("没有装 bitsandbytes，优化器改用 adamw_torch_fused")
+    elif optimizer == "adamw_bnb_8bit" and not installed("bitsandbytes"):
+        raise UserError("指定了 --optim adamw_bnb_8bit，但没有装 bitsandbytes：pip install bitsandbytes")
+    if tf32 and not ampere:
+        raise UserError("指定了 --tf32，但只有 Ampere（如 A100、3090）以后的显卡有 TF32；去掉这个参数")
+    if liger and not (device == "cuda" and installed("liger_kernel")):
+        raise UserError("指定了 --liger，但它要 CUDA 显卡和 liger-kernel 包；去掉这个参数")
+    compiler = installed("triton") if device == "cuda" else shutil.which("g++") or shutil.which("clang++")
+    if compile_ and not compiler:
+        raise UserError(f"指定了 --compile，但缺少{'triton' if device == 'cuda' else ' C++ 编译器（g++）'}；用 --no-compile")
+    auto = lambda switch, default: default if switch is None else switch          # noqa: E731
+    return Speed(device, precision, attention, optimizer, compile=auto(compile_, device == "cuda" and bool(compiler)),
+                 tf32=auto(tf32, ampere), liger=auto(liger, False))
+
+
+# ==== 2. 切分与打包 ====
+
+def run_script(name, arguments):
+    """以子进程运行旁边的脚本；它失败就跟着退出（它自己已经打印了那一行错误）。"""
+    script = Path(__file__).with_name(name)
+    if not script.exists():
+        raise UserError(f"缺少 {script.name}：请把它放在 {Path(__file__).name} 旁边，或先准备好它的输出")
+    print(f"── 运行 {name}")
+    code = subprocess.run([sys.executable, str(script), *map(str, arguments)]).returncode
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def prepare(work_dir, corpus, text_column, vocab_size, preset, rebuild):
+    """确保 corpus/ 和 tokenizer/ 存在且配套。corpus、vocab_size 为 None 表示用户没有指定，有现成的就用。"""
+    flag = ["--rebuild" if rebuild else "--no-rebuild"]
+    if corpus or not read_report(work_dir / "corpus"):
+        column = ["--text_column", text_column] if text_column else []
+        run_script("prepare_corpus.py", ["--corpus", *(corpus or PRESETS[preset]["corpus"]), *column, *flag,
+                                         "--output_dir", work_dir / "corpus"])
+    tokenizer = read_report(work_dir / "tokenizer")
+    fits = tokenizer.get("corpus_hash") == read_report(work_dir / "corpus").get("corpus_hash")
+    if not fits or vocab_size not in (None, tokenizer["vocab_size"]):
+        run_script("train_tokenizer.py", ["--vocab_size", vocab_size or PRESETS[preset]["vocab_size"], *flag,
+                                          "--corpus_dir", work_dir / "corpus", "--output_dir", work_dir / "tokenizer"])
+
+
+def pages(text, limit=8000):
+    """把很长的文档在换行处切成页再编码：SentencePiece 在超长的字符串上累积误差。换行本身是一个词块，切了编号不变。"""
+    if len(text) <= limit:
+        return [text]
+    result, size = [[]], 0
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), limit):
+            if size + len(line) > limit and size:
+                result.append([])
+                size = 0
+            result[-1].append(line[start:start + limit])
+            size += len(result[-1][-1])
+    return ["".join(page) for page in result]
+
+
+def encode(sp, texts, threads):
+    """一批文档 -> 一批 uint16 数组，每篇末尾是 </s>（eos）：模型由它学会一篇在哪里结束。"""
+    split = [pages(text) for text in texts]
+    flat = iter(sp.encode([page for document in split for page in document], num_threads=threads))
+    for document in split:
+        ids = [token for _ in document for token in next(flat)]
+        yield np.array([*ids, sp.eos_id()], dtype=np.uint16)
+
+
+def batches(iterator, size):
+    batch = []
+    for item in iterator:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def pack_train(corpus_dir, sp, path, seed, threads):
+    """编码训练集，文档打乱后首尾相接，写成一个平坦的 uint16 文件。返回每个 token 出现的次数，形状 (vocab,)。
+
+    先按原顺序写，再按打乱的顺序抄一遍：全局打乱，内存里却只有每篇的长度。
+    """
+    unshuffled, lengths = path.with_suffix(".unshuffled"), []
+    counts = np.zeros(sp.get_piece_size(), dtype=np.int64)
+    with open(unshuffled, "wb") as file:
+        for batch in batches((text for text, _ in iter_corpus(corpus_dir, "train")), 2000):
+            for ids in encode(sp, batch, threads):
+                file.write(ids.tobytes())
+                lengths.append(len(ids))
+                counts += np.bincount(ids, minlength=len(counts)) if len(ids) > 5000 else 0
+                if len(ids) <= 5000:
+                    np.add.at(counts, ids, 1)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    with open(unshuffled, "rb") as source, open(path, "wb") as file:
+        for document in np.random.default_rng(seed).permutation(len(lengths)):
+            source.seek(2 * int(starts[document]))
+            file.write(source.read(2 * lengths[document]))
+    unshuffled.unlink()
+    return counts
+
+
+def pack_eval(corpus_dir, sp, path, threads):
+    """编码验证集，按来源排在一起。返回 {来源: {"start", "end"（token 位置）, "characters"}}。"""
+    by_source = {}
+    for text, source in iter_corpus(corpus_dir, "eval"):
+        by_source.setdefault(source, []).append(text)
+    position, sources = 0, {}
+    with open(path, "wb") as file:
+        for source, texts in by_source.items():
+            tokens = np.concatenate(list(encode(sp, texts, threads)))
+            file.write(tokens.tobytes())
+            sources[source] = {"start": position, "end": position + len(tokens), "characters": sum(map(len, texts))}
+            position += len(tokens)
+    return sources
+
+
+def pack(work_dir, seed):
+    """打包语料（或沿用已有的），返回 meta：token 数、按来源的验证集位置、单字频率的熵。"""
+    corpus, packed = read_report(work_dir / "corpus"), work_dir / "packed"
+    model_path = work_dir / "tokenizer" / "sentencepiece.model"
+    tokenizer_hash = hashlib.blake2b(model_path.read_bytes(), digest_size=16).hexdigest()
+    key = [FORMAT, corpus["corpus_hash"], tokenizer_hash, seed]
+    if packed.exists():
+        meta = read_report(packed, "meta.json")
+        if meta.get("key") == key:
+            print(f"打包好的数据没有变，沿用 {packed}")
+            return meta
+        print(f"重新打包：{'语料、分词器或随机种子变了' if meta else packed.name + '/ 不完整'}")
+    sp = spm.SentencePieceProcessor(model_file=str(model_path))
+    lock, staging = open_output_directory(packed, "meta.json")
+    with lock:
+        try:
+            start, threads = time.time(), os.cpu_count()
+            counts = pack_train(work_dir / "corpus", sp, staging / "train.bin", seed, threads)
+            sources = pack_eval(work_dir / "corpus", sp, staging / "eval.bin", threads)
+            share = counts[counts > 0] / counts.sum()
+            files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+            meta = {"key": key, "corpus_hash": corpus["corpus_hash"], "tokenizer_hash": tokenizer_hash,
+                    "vocab_size": sp.get_piece_size(), "train_tokens": int(counts.sum()), "eval_sources": sources,
+                    "unigram_entropy": float(-(share * np.log(share)).sum()),     # 只猜词频能到的损失，nat
+                    "files": files}
+            write_text(staging / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
+            replace_directory(staging, packed)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    print(f"打包 {counts.sum():,} 个训练 token，用时 {time.time() - start:.1f} 秒")
+    return meta
+
+
+class BlockStream(torch.utils.data.Dataset):
+    """整个训练过程要用的全部块，排成一列：第 i 个是第 i // n 遍里打乱后的第 i % n 块。
+
+    次序只由 seed 和 i 决定，与微批量、进程数无关，所以换一张小卡续训，数据次序也不变。
+    """
+
+    def __init__(self, path, block_size, length, seed):
+        self.path, self.block_size, self.length, self.seed = path, block_size, length, seed
+        self.n_blocks = path.stat().st_size // 2 // block_size       # 只丢掉末尾不满一块的
+        self.permutations = {}
+
+    def __len__(self):
+        return self.length
+
+    def block_index(self, i):
+        epoch, place = divmod(i, self.n_blocks)
+        if epoch not in self.permutations:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)
+            self.permutations = {epoch: order}
+        return int(self.permutations[epoch][place])
+
+    def __getitems__(self, indices):
+        """返回 {"input_ids", "labels"}，形状都是 (B, T) 的 int64；labels 是每个位置的下一个 token。"""
+        data = np.memmap(self.path, dtype=np.uint16, mode="r")      # 每批重开：一直开着会让内存看起来越涨越多
+        size = self.block_size
+        tokens = np.full((len(indices), size + 1), -100, dtype=np.int64)   # 文件末尾没有下一个：-100 不计损失
+        for row, i in zip(tokens, indices, strict=True):
+            start = self.block_index(i) * size
+            block = data[start:start + size + 1]
+            row[:len(block)] = block
+        tokens = torch.from_numpy(tokens)
+        return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def pass_batch(batch):
+    """__getitems__ 已经拼好了一批，不用再拼。"""
+    return batch
+
+
+# ==== 3. 模型 ====
+
+class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
+    """transformers 的 GPT-2，只改一处：训练时只返回损失。
+
+    原版还返回 logits，混合精度下会再复制成一份 fp32：48 × 1,024 × 32,000 × 4 字节 = 6.3 GB。
+    同名，所以存出来的 config.json 和原版一样，别人不需要这个脚本就能加载。
+    """
+    liger = False
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        """labels 是已经错开一位的下一个 token（原版在内部错位），形状 (B, T)，-100 不计。"""
+        if labels is None:
+            return super().forward(input_ids=input_ids, **kwargs)
+        hidden = self.transformer(input_ids, use_cache=False).last_hidden_state       # (B, T, C)
+        if self.liger:      # 输出层和交叉熵融合成一个核，不产生 (B, T, V) 的 logits
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+            return {"loss": liger_fused_linear_cross_entropy(
+                hidden.flatten(0, 1), self.lm_head.weight.to(hidden.dtype), labels.flatten())}
+        logits = self.lm_head(hidden)                                                  # (B, T, V)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())}
+
+
+def build_model(vocab_size, n_layer, n_embd, n_head, block_size, attention, liger, seed):
+    """新建一个随机初始化的 GPT-2。同一个 seed 得到同样的权重。"""
+    # 在 torch.compile 下 "sdpa" 会造出一个 B × 1 × T × T 的掩码，用不上 FlashAttention 核；换个名字注册同一个
+    # 函数，就只传 is_causal=True。它不看 padding，所以续写时一次只生成一条
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+    config = GPT2Config(
+        vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=block_size,
+        bos_token_id=2, eos_token_id=3,              # 默认的 50256 超出了词表
+        pad_token_id=None,                           # 设了的话，每次前向都要让 GPU 停下来查一遍 padding
+        activation_function="gelu_pytorch_tanh",     # 与 gelu_new 是同一个函数，融合成一个核，少存三份中间结果
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        attn_implementation="sdpa_causal" if attention == "sdpa" else attention)
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"                  # 否则原版的损失会多乘一个 (T-1)/T
+    model.liger = liger
+    if liger:
+        from liger_kernel.transformers import LigerLayerNorm
+        from liger_kernel.transformers.monkey_patch import _patch_layer_norm_module
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm) and not isinstance(module, LigerLayerNorm):
+                _patch_layer_norm_module(module)
+    return model
+
+
+# ==== 4. 优化器 ====
+
+def orthogonalize(matrix, steps=5):
+    """Newton–Schulz 迭代：把 (..., m, n) 的矩阵近似换成奇异值全为 1 的矩阵。系数来自 Keller Jordan 的 Muon。"""
+    # GPU 上用 bf16 就够；CPU 上 bf16 慢得多，torch.optim.Muon 固定用 bf16，所以这里自己写
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon（Jordan 等，2024）：矩阵沿正交化的动量走；嵌入、偏置、LayerNorm 仍用 AdamW。
+
+    参数组里 muon=True 的是矩阵。GPT-2 的 c_attn 把 q、k、v 并排放在一个 (C, 3C) 里，这里分开正交化。
+    """
+
+    def __init__(self, groups, lr, betas, eps=1e-8, momentum=0.95):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, momentum=momentum, weight_decay=0.0,
+                                      muon=False, split=1))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["muon"]:
+                    momentum = state.setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    update = p.grad.lerp(momentum, group["momentum"])              # Nesterov
+                    parts = torch.stack(update.chunk(group["split"], dim=1))       # (split, 输入, 输出)
+                    scale = max(1, parts.size(2) / parts.size(1)) ** 0.5
+                    p.add_(torch.cat(orthogonalize(parts).unbind(), dim=1), alpha=-group["lr"] * scale)
+                else:
+                    if not state:
+                        state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    state["step"] += 1
+                    beta1, beta2 = group["betas"]
+                    state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                    state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+                    denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+                    p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+
+def muon_groups(model, learning_rate, muon_learning_rate, weight_decay):
+    """把参数分成四组：AdamW（衰减、不衰减）和 Muon（c_attn 三份、其他矩阵）。"""
+    names = {"decay": [], "no_decay": [], "attn": [], "matrix": []}
+    for name, p in model.named_parameters():
+        in_block = ".h." in name and p.ndim == 2
+        names["attn" if in_block and "c_attn" in name else "matrix" if in_block else
+              "decay" if p.ndim == 2 else "no_decay"].append(p)
+    return [dict(params=names["decay"], lr=learning_rate, weight_decay=weight_decay),
+            dict(params=names["no_decay"], lr=learning_rate, weight_decay=0.0),
+            dict(params=names["attn"], lr=muon_learning_rate, weight_decay=weight_decay, muon=True, split=3),
+            dict(params=names["matrix"], lr=muon_learning_rate, weight_decay=weight_decay, muon=True)]
+
+
+# ==== 5. 评估与续写 ====
+
+@torch.no_grad()
+def evaluate(model, path, sources, block_size, batch_size, eos_id, device):
+    """验证集上的损失。每个来源的每一个 token（包括 </s>）恰好被预测一次。
+
+    返回 {"eval_loss", "eval_bits_per_char", "eval_<来源>_loss", ...}。损失的单位是 nat/token；
+    每字比特数 = 总 nat / ln 2 / 总字符数，与分词器无关，不同词表之间可以直接比较。
+    """
+    model.eval()
+    data, metrics, total = np.fromfile(path, dtype=np.uint16).astype(np.int64), {}, np.zeros(3)
+    for name, source in sources.items():
+        y = data[source["start"]:source["end"]]
+        x = np.concatenate([[eos_id], y[:-1]])
+        padding = -len(y) % block_size
+        x = torch.from_numpy(np.pad(x, (0, padding), constant_values=eos_id)).view(-1, block_size)
+        y_blocks = torch.from_numpy(np.pad(y, (0, padding), constant_values=-100)).view(-1, block_size)
+        nats = 0.0
+        for start in range(0, len(x), batch_size):
+            labels = y_blocks[start:start + batch_size].to(device)
+            loss = model(input_ids=x[start:start + batch_size].to(device), labels=labels)["loss"]
+            nats += float(loss) * int((labels != -100).sum())
+        figures = np.array([nats, len(y), source["characters"]])
+        total += figures
+        metrics |= loss_metrics(f"eval_{name}_", *figures)
+    return loss_metrics("eval_", *total) | metrics
+
+
+def loss_metrics(prefix, nats, tokens, characters):
+    return {f"{prefix}loss": nats / tokens, f"{prefix}bits_per_char": nats / math.log(2) / characters}
+
+
+@torch.no_grad()
+def generate_samples(model, tokenizer, seed, max_new_tokens):
+    """每个固定的开头续写一段，返回 [(prompt, text)]。用自己的随机数，不影响训练的随机数。"""
+    model.eval()
+    samples, use_cache = [], model.config.use_cache
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_p=0.95, use_cache=True,
+                bos_token_id=2, eos_token_id=3, pad_token_id=0))
+            samples.append((prompt, tokenizer.decode(output[0], skip_special_tokens=True)))
+    model.config.use_cache = use_cache
+    return samples
+
+
+def write_samples(work_dir, step, eval_loss, samples):
+    """追加到 samples.jsonl，并重写给人看的 generation_samples.md。"""
+    for prompt, text in samples:
+        append_jsonl(work_dir / "samples.jsonl",
+                     {"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
+    lines = ["# 训练途中的续写", "", "| 步 | 验证损失 | 续写（开头加粗） |", "|---:|---:|---|"]
+    for row in read_jsonl(work_dir / "samples.jsonl"):
+        rest = row["text"].removeprefix(row["prompt"]).replace("|", "\\|").replace("\n", " ⏎ ")
+        lines.append(f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |")
+    write_text(work_dir / "generation_samples.md", "\n".join(lines) + "\n")
+
+
+# ==== 6. 检查点 ====
+
+def checkpoint_problem(folder):
+    """检查点完整就返回 None，否则返回哪里不完整。真的把每个文件读一遍。"""
+    try:
+        from safetensors import safe_open
+        with safe_open(folder / "model.safetensors", "pt"):
+            pass                                          # 长度与文件头不符时会报错
+        for name in ("optimizer.pt", "scheduler.pt", *[path.name for path in folder.glob("rng_state*")]):
+            with transformers.trainer_utils.safe_globals() if False else torch.serialization.safe_globals([]):
+                torch.load(folder / name, map_location="cpu", weights_only=name in ("optimizer.pt", "scheduler.pt"))
+        if not list(folder.glob("rng_state*")):
+            return "缺少 rng_state"
+        json.loads((folder / "trainer_state.json").read_text("utf-8"))["global_step"]
+    except Exception as error:
+        return f"{type(error).__name__}"
+    return None
+
+
+def newest_checkpoint(folder):
+    """最新的完整检查点的路径；没有则 None。不完整的跳过，并说一声。"""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return path
+        print(f"跳过不完整的检查点 {path.name}（{problem}）")
+    return None
+
+
+# ==== 7. 训练 ====
+
+class GPT2Trainer(Trainer):
+    """Hugging Face 的 Trainer，改了四处：数据次序、优化器、评估、存盘。"""
+
+    def setup(self, work_dir, config, meta, n_blocks, peak, speed):
+        """记下评估和日志要用的东西。"""
+        self.work_dir, self.run_config, self.meta, self.peak, self.speed = work_dir, config, meta, peak, speed
+        self.tokens_per_step = config["effective_batch_size"] * config["block_size"]
+        self.steps_per_epoch = n_blocks / config["effective_batch_size"]
+        self.flops_per_token = flops_per_token(self.model.num_parameters(), config["n_layer"], config["n_embd"],
+                                               config["block_size"])
+        self.model_accepts_loss_kwargs = False       # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
+        rows = read_jsonl(work_dir / "train_log.jsonl")
+        self.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
+        self.clock, self.clock_step, self.plot = time.perf_counter(), self.state.global_step, None
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)       # BlockStream 已经排好次序
+
+    def create_optimizer(self, model=None):
+        if self.speed.optimizer != "muon" or self.optimizer is not None:
+            return super().create_optimizer(model)
+        groups = muon_groups(self.model, self.args.learning_rate, self.run_config["muon_learning_rate"],
+                             self.args.weight_decay)
+        self.optimizer = Muon(groups, lr=self.args.learning_rate,
+                              betas=(self.args.adam_beta1, self.args.adam_beta2))
+        return self.optimizer
+
+    def log(self, logs, start_time=None):
+        step = self.state.global_step
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds, steps = now - self.clock, step - self.clock_step
+            self.clock, self.clock_step = now, step
+            self.elapsed += seconds
+            tokens_per_second = steps * self.tokens_per_step / seconds
+            logs |= {"tokens_per_second": round(tokens_per_second, 1),
+                     "mfu": round(tokens_per_second * self.flops_per_token / self.peak, 4),
+                     "elapsed_seconds": round(self.elapsed, 2)}
+            row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4)}
+            row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+                                               "elapsed_seconds") if key in logs}
+            append_jsonl(self.work_dir / "train_log.jsonl", row)
+            print_progress(row, self.state.max_steps, self.tokens_per_step)
+        elif "eval_loss" in logs:
+            append_jsonl(self.work_dir / "train_log.jsonl", {"step": step, **logs})
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """验证、续写、重画曲线；这段时间不算进训练速度。"""
+        start = time.perf_counter()
+        config = self.run_config
+        metrics = evaluate(self.model, self.work_dir / "packed" / "eval.bin", self.meta["eval_sources"],
+                           config["block_size"], min(config["batch_size"], 16), 3, self.args.device)
+        metrics = {key: round(value, 6) for key, value in metrics.items()}
+        print(f"验证 步 {self.state.global_step} | 损失 {metrics['eval_loss']:.3f} | 每字比特 "
+              f"{metrics['eval_bits_per_char']:.3f}")
+        self.log(metrics)
+        samples = generate_samples(self.model, self.processing_class, config["seed"], min(64, config["block_size"] - 16))
+        write_samples(self.work_dir, self.state.global_step, metrics["eval_loss"], samples)
+        print("续写 " + samples[0][1].replace("\n", " ")[:80])
+        self.plot = plot_curve(self.work_dir, self.plot)
+        self.clock += time.perf_counter() - start
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_output_dir(self, trial=None):
+        return str(self.work_dir / "checkpoints" / ".staging")
+
+    def _save_checkpoint(self, model, trial=None):
+        """先写到 .staging，落盘，再一步改名：检查点要么完整，要么不存在。"""
+        start = time.perf_counter()
+        name = f"checkpoint-{self.state.global_step}"
+        folder, staging = self.work_dir / "checkpoints", self.work_dir / "checkpoints" / ".staging"
+        if not (folder / name).exists():
+            shutil.rmtree(staging, ignore_errors=True)
+            super()._save_checkpoint(model, trial)
+            replace_directory(staging / name, folder / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            keep = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+            for old in keep[:-2]:
+                shutil.rmtree(old)
+        self.clock += time.perf_counter() - start
+
+
+def print_progress(row, max_steps, tokens_per_step):
+    speed = row["tokens_per_second"]
+    left = (max_steps - row["step"]) * tokens_per_step / speed
+    left = f"{left / 3600:.1f} 小时" if left > 5400 else f"{left / 60:.0f} 分钟" if left > 90 else f"{left:.0f} 秒"
+    speed = f"{speed / 1000:.0f}k" if speed > 10_000 else f"{speed / 1000:.1f}k"
+    print(f"步 {row['step']}/{max_steps} | loss {row['loss']:.3f} | lr {row['learning_rate']:.1e} | "
+          f"{speed} tok/s | MFU {row['mfu']:.0%} | 剩余 {left}")
+
+
+def plot_curve(work_dir, previous):
+    """在后台运行旁边的 plot_loss.py；没有那个脚本就算了。返回进程。"""
+    script = Path(__file__).with_name("plot_loss.py")
+    if previous is not None:
+        previous.wait()
+    if not script.exists():
+        return None
+    return subprocess.Popen([sys.executable, str(script), str(work_dir), "--output", str(work_dir / "loss_curve.png")],
+                            stdout=subprocess.DEVNULL)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C（SIGINT）和 SIGTERM：做完这一步，存检查点，再停。按第二次立即停。"""
+
+    def __init__(self):
+        self.signal = None
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, self.handle)
+
+    def handle(self, number_, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number_
+        print("收到停止信号，做完这一步就存检查点……（再按一次立即停）", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+# ==== 8. 主程序 ====
+
+def parse_arguments():
+    parser = ArgumentParser(description="第 3 步：训练中文 GPT-2", allow_abbrev=False)
+    default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
+    switch, count, positive = argparse.BooleanOptionalAction, number(int, 1), number(float, 1e-12)
+    group = parser.add_argument_group("数据与输出")
+    group.add_argument("--preset", choices=list(PRESETS), default="full", help="full 完整训练，demo 演示")
+    group.add_argument("--work_dir", type=Path, default=Path(default_dir), help="一切输出所在的文件夹")
+    group.add_argument("--corpus", nargs="+", action="extend", metavar="SOURCE", help="见 prepare_corpus.py")
+    group.add_argument("--text_column", help="文本所在的列")
+    group.add_argument("--vocab_size", type=count, help="词表大小")
+    group.add_argument("--prepare_only", action="store_true", help="准备好数据就停，不需要显卡")
+    group.add_argument("--fresh", action="store_true", help="丢掉已有的检查点和日志，从头训练")
+    group = parser.add_argument_group("模型")
+    group.add_argument("--n_layer", type=count, help="层数")
+    group.add_argument("--n_embd", type=count, help="向量维数")
+    group.add_argument("--n_head", type=count, help="注意力头数")
+    group.add_argument("--block_size", type=count, help="上下文长度，token")
+    group = parser.add_argument_group("训练")
+    group.add_argument("--batch_size", type=count, help="微批量：一次前向放多少块；显存不够就减半，结果不变")
+    group.add_argument("--effective_batch_size", type=count, help="有效批量：每步多少块（微批量 × 累积次数）")
+    group.add_argument("--epochs", type=positive, help="遍数")
+    group.add_argument("--max_steps", type=number(int, 0), help="步数；大于 0 时代替 --epochs")
+    group.add_argument("--learning_rate", type=positive, help="最高学习率")
+    group.add_argument("--muon_learning_rate", type=positive, default=0.02, help="--optim muon 时矩阵的学习率")
+    group.add_argument("--warmup_ratio", type=number(float, 0, 1), help="预热占总步数的比例")
+    group.add_argument("--lr_schedule", choices=["cosine", "linear"], default="cosine", help="学习率曲线")
+    group.add_argument("--weight_decay", type=number(float, 0), help="权重衰减，只作用于矩阵")
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
+    group = parser.add_argument_group("速度（默认都是自动）")
+    group.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="设备")
+    group.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="精度")
+    group.add_argument("--attn", choices=["auto", "flash_attention_2", "sdpa", "eager"], default="auto", help="注意力")
+    group.add_argument("--optim", choices=["auto", "adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch", "muon"],
+                       default="auto", help="优化器")
+    group.add_argument("--compile", action=switch, help="torch.compile")
+    group.add_argument("--tf32", action=switch, help="fp32 矩阵乘用 TF32")
+    group.add_argument("--liger", action=switch, help="Liger 融合核（省显存）")
+    group.add_argument("--gradient_checkpointing", action=switch, default=False, help="重算激活，省显存但更慢")
+    group.add_argument("--num_workers", type=number(int, 0, 256), default=0, help="读数据的进程数")
+    group = parser.add_argument_group("日志")
+    group.add_argument("--logging_steps", type=count, help="每多少步一行日志")
+    group.add_argument("--eval_steps", type=count, help="每多少步验证、续写、存检查点")
+    group.add_argument("--report_to", choices=["none", "tensorboard", "swanlab", "trackio", "wandb"], default="none",
+                       help="同时记到哪个工具")
+    args = parser.parse_args()
+    explicit = {"corpus": args.corpus, "vocab_size": args.vocab_size, "max_steps": args.max_steps}
+    for key, value in PRESETS[args.preset].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return args, explicit
+
+
+def check_arguments(args):
+    """花时间之前先查能查的。"""
+    if args.n_embd % args.n_head:
+        raise UserError(f"--n_embd {args.n_embd} 不能被 --n_head {args.n_head} 整除；每个头的维数要相等")
+    if args.effective_batch_size % args.batch_size:
+        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size {args.batch_size} 的倍数；"
+                        f"把 --batch_size 改成它的约数")
+
+
+def main():
+    transformers.logging.set_verbosity_error()
+    args, explicit = parse_arguments()
+    check_arguments(args)
+    if not (torch.cuda.is_available() or args.device == "cpu" or args.prepare_only or explicit["max_steps"]
+            or args.preset == "demo" or args.device == "cuda"):
+        stop_without_cuda(args)
+    speed = None if args.prepare_only else choose_speed(
+        args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger, args.preset == "demo")
+    work_dir = args.work_dir
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"另一个训练正在使用 {work_dir}；等它结束，或换一个 --work_dir") from None
+    started = (work_dir / "checkpoints").exists() and not args.fresh
+    prepare(work_dir, explicit["corpus"], args.text_column, explicit["vocab_size"], args.preset, not started)
+    meta = pack(work_dir, args.seed)
+    if args.prepare_only:
+        print(f"数据准备好了。训练：python {Path(sys.argv[0]).name} --work_dir {work_dir}")
+        return 0
+    return train(args, work_dir, meta, speed)
+
+
+def train(args, work_dir, meta, speed):
+    n_blocks = meta["train_tokens"] // args.block_size
+    if n_blocks < 1:
+        raise UserError(f"--block_size {args.block_size} 比整个语料（{meta['train_tokens']} token）还大；改小它")
+    steps = args.max_steps or math.ceil(args.epochs * n_blocks / args.effective_batch_size)
+    config = {key: getattr(args, key) for key in (
+        "preset", "n_layer", "n_embd", "n_head", "block_size", "batch_size", "effective_batch_size", "learning_rate",
+        "muon_learning_rate", "warmup_ratio", "lr_schedule", "weight_decay", "seed")}
+    config |= {"total_steps": steps, "vocab_size": meta["vocab_size"], "corpus_hash": meta["corpus_hash"],
+               "tokenizer_hash": meta["tokenizer_hash"], "optim": speed.optimizer}
+    if args.fresh:
+        for name in ("checkpoints", "final_model"):
+            shutil.rmtree(work_dir / name, ignore_errors=True)
+    checkpoint = newest_checkpoint(work_dir / "checkpoints")
+    last = 0
+    if checkpoint:
+        old = json.loads((work_dir / "config.json").read_text("utf-8"))
+        for key, value in config.items():
+            if key not in ("batch_size", "preset") and old.get(key) != value:
+                raise UserError(f"{checkpoint} 训练时 {key} 是 {old.get(key)}，这次是 {value}；用原来的设置接着训练，"
+                                f"或换一个 --work_dir，或加 --fresh 从头开始")
+        last = int(checkpoint.name.split("-")[1])
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        rows = [row for row in read_jsonl(work_dir / name) if row["step"] <= last] if checkpoint else []
+        write_text(work_dir / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    model = build_model(meta["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size, speed.attention,
+                        speed.liger, args.seed)
+    peak, peak_source = peak_flops(speed.device)
+    tokenizer = AutoTokenizer.from_pretrained(work_dir / "tokenizer")
+    n = model.num_parameters()
+    tokens = steps * args.effective_batch_size * args.block_size
+    rows = {
+        "设备": torch.cuda.get_device_name() if speed.device == "cuda" else f"CPU，{torch.get_num_threads()} 线程",
+        "版本": f"torch {torch.__version__}，transformers {transformers.__version__}",
+        "加速": f"注意力 {speed.attention}，优化器 {speed.optimizer}，精度 {speed.precision}，"
+                f"compile {'开' if speed.compile else '关'}，TF32 {'开' if speed.tf32 else '关'}",
+        "模型": f"{n:,} 参数（{args.n_layer} 层 × {args.n_embd} 维，词表 {meta['vocab_size']:,}，上下文 {args.block_size}）",
+        "数据": f"{meta['train_tokens']:,} token，{n_blocks:,} 块",
+        "训练": f"{steps:,} 步 × {args.effective_batch_size * args.block_size:,} token"
+                f"（{args.batch_size} 块 × 累积 {args.effective_batch_size // args.batch_size} 次），"
+                f"共 {tokens / n_blocks / args.block_size:.2f} 遍",
+        "时间": f"至少 {tokens * flops_per_token(n, args.n_layer, args.n_embd, args.block_size) / peak / 60:.1f} 分钟"
+                f"（按{peak_source}每秒 {peak / 1e12:.2f} T 次；实际看第一行日志的“剩余”）",
+    }
+    for title, value in rows.items():
+        print(f"{title}  {value}")
+    config |= {"parameters": n, "steps_per_epoch": n_blocks / args.effective_batch_size,
+               "unigram_entropy": meta["unigram_entropy"],
+               "characters_per_token": sum(s["characters"] for s in meta["eval_sources"].values())
+               / sum(s["end"] - s["start"] for s in meta["eval_sources"].values()),
+               "speed": vars(speed), "torch": torch.__version__, "transformers": transformers.__version__}
+    write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
+    dataset = BlockStream(work_dir / "packed" / "train.bin", args.block_size, steps * args.effective_batch_size, args.seed)
+    training_args = TrainingArguments(
+        output_dir=str(work_dir / "checkpoints"), max_steps=steps, per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.effective_batch_size // args.batch_size, learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_schedule, warmup_steps=round(steps * args.warmup_ratio),
+        weight_decay=args.weight_decay, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, seed=args.seed,
+        optim=speed.optimizer if speed.optimizer != "muon" else "adamw_torch",
+        bf16=speed.precision == "bf16", fp16=speed.precision == "fp16", tf32=speed.tf32 or None,
+        torch_compile=speed.compile, gradient_checkpointing=args.gradient_checkpointing,
+        use_cpu=speed.device == "cpu", dataloader_num_workers=args.num_workers,
+        dataloader_pin_memory=speed.device == "cuda", remove_unused_columns=False,
+        logging_steps=args.logging_steps, logging_nan_inf_filter=False, eval_strategy="steps",
+        eval_steps=args.eval_steps, eval_on_start=checkpoint is None, save_steps=args.eval_steps,
+        report_to=args.report_to, disable_tqdm=True)
+    training_args._n_gpu = min(1, training_args.n_gpu)
+    trainer = GPT2Trainer(model, training_args, data_collator=pass_batch, train_dataset=dataset, eval_dataset=dataset,
+                          processing_class=tokenizer)
+    trainer.remove_callback(transformers.PrinterCallback)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    trainer.setup(work_dir, config, meta, n_blocks, peak, speed)
+    trainer.clock_step = last
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.plot is not None:
+        trainer.plot.wait()
+    if stop.signal is not None:
+        print(f"已存检查点。接着训练：python {' '.join(sys.argv)}")
+        return 128 + stop.signal
+    save_final_model(work_dir, model, tokenizer)
+    print(f"完成。模型在 {work_dir / 'final_model'}，曲线在 {work_dir / 'loss_curve.png'}")
+    return 0
+
+
+def save_final_model(work_dir, model, tokenizer):
+    """写 final_model/：权重、配置、生成设置、分词器。"""
+    lock, staging = open_output_directory(work_dir / "final_model", "config.json")
+    with lock:
+        model.config.use_cache, model.config.pad_token_id = True, 0
+        model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100,
+                                                   bos_token_id=2, eos_token_id=3, pad_token_id=0)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        replace_directory(staging, work_dir / "final_model")
+
+
+if __name__ == "__main__":
+    run(main)
