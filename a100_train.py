@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import filelock
 import numpy as np
@@ -38,6 +40,8 @@ import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     AutoTokenizer,
@@ -48,6 +52,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.trainer_pt_utils import safe_globals
 
 FORMAT = 1                           # 工作目录的格式版本
 PRESETS = {
@@ -61,6 +66,7 @@ PRESETS = {
                  logging_steps=20, eval_steps=250),
 }
 REFERENCE_TOKENS = 11_838 * 98_304   # 公开参考的训练量，约 11.6 亿 token；只用来估算时间
+PAD, BOS, EOS = 0, 2, 3               # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 # 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格，用来算 MFU
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165, "3090": 71,
@@ -228,7 +234,7 @@ def flops_per_token(parameters, n_layer, n_embd, block_size):
     return 6 * (parameters - block_size * n_embd) + 12 * n_layer * n_embd * block_size
 
 
-def stop_without_cuda(config):
+def stop_without_cuda():
     """没有显卡就别开始几天的训练：一行说清要多久、演示怎么跑。"""
     flops = REFERENCE_TOKENS * flops_per_token(82_066_944, 8, 768, 1024)
     peak, _ = peak_flops("cpu")
@@ -495,7 +501,7 @@ def build_model(vocab_size, n_layer, n_embd, n_head, block_size, attention, lige
     AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     config = GPT2Config(
         vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=block_size,
-        bos_token_id=2, eos_token_id=3,              # 默认的 50256 超出了词表
+        bos_token_id=BOS, eos_token_id=EOS,          # 默认的 50256 超出了词表
         pad_token_id=None,                           # 设了的话，每次前向都要让 GPU 停下来查一遍 padding
         activation_function="gelu_pytorch_tanh",     # 与 gelu_new 是同一个函数，融合成一个核，少存三份中间结果
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
@@ -580,7 +586,7 @@ def muon_groups(model, learning_rate, muon_learning_rate, weight_decay):
 # ==== 5. 评估与续写 ====
 
 @torch.no_grad()
-def evaluate(model, path, sources, block_size, batch_size, eos_id, device):
+def evaluate(model, path, sources, block_size, batch_size, device):
     """验证集上的损失。每个来源的每一个 token（包括 </s>）恰好被预测一次。
 
     返回 {"eval_loss", "eval_bits_per_char", "eval_<来源>_loss", ...}。损失的单位是 nat/token；
@@ -590,9 +596,9 @@ def evaluate(model, path, sources, block_size, batch_size, eos_id, device):
     data, metrics, total = np.fromfile(path, dtype=np.uint16).astype(np.int64), {}, np.zeros(3)
     for name, source in sources.items():
         y = data[source["start"]:source["end"]]
-        x = np.concatenate([[eos_id], y[:-1]])
+        x = np.concatenate([[EOS], y[:-1]])
         padding = -len(y) % block_size
-        x = torch.from_numpy(np.pad(x, (0, padding), constant_values=eos_id)).view(-1, block_size)
+        x = torch.from_numpy(np.pad(x, (0, padding), constant_values=EOS)).view(-1, block_size)
         y_blocks = torch.from_numpy(np.pad(y, (0, padding), constant_values=-100)).view(-1, block_size)
         nats = 0.0
         for start in range(0, len(x), batch_size):
@@ -609,21 +615,26 @@ def loss_metrics(prefix, nats, tokens, characters):
     return {f"{prefix}loss": nats / tokens, f"{prefix}bits_per_char": nats / math.log(2) / characters}
 
 
+def sampling_config(max_new_tokens):
+    """续写的设置：温度 0.8，只在累计概率 0.95 的词块里抽（top-p）。"""
+    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_p=0.95, use_cache=True,
+                            bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+
+
 @torch.no_grad()
-def generate_samples(model, tokenizer, seed, max_new_tokens):
+def generate_samples(model, tokenizer, seed, block_size):
     """每个固定的开头续写一段，返回 [(prompt, text)]。用自己的随机数，不影响训练的随机数。"""
     model.eval()
-    samples, use_cache = [], model.config.use_cache
+    samples = []
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         for prompt in PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_p=0.95, use_cache=True,
-                bos_token_id=2, eos_token_id=3, pad_token_id=0))
+            length = min(64, block_size - ids.size(1))
+            output = model.generate(ids, attention_mask=torch.ones_like(ids),
+                                    generation_config=sampling_config(length))
             samples.append((prompt, tokenizer.decode(output[0], skip_special_tokens=True)))
-    model.config.use_cache = use_cache
     return samples
 
 
@@ -642,49 +653,72 @@ def write_samples(work_dir, step, eval_loss, samples):
 # ==== 6. 检查点 ====
 
 def checkpoint_problem(folder):
-    """检查点完整就返回 None，否则返回哪里不完整。真的把每个文件读一遍。"""
+    """检查点完整就返回 None，否则返回哪里不完整。真的把每个文件读一遍：截断的文件只有读了才知道。"""
     try:
-        from safetensors import safe_open
-        with safe_open(folder / "model.safetensors", "pt"):
-            pass                                          # 长度与文件头不符时会报错
-        for name in ("optimizer.pt", "scheduler.pt", *[path.name for path in folder.glob("rng_state*")]):
-            with transformers.trainer_utils.safe_globals() if False else torch.serialization.safe_globals([]):
-                torch.load(folder / name, map_location="cpu", weights_only=name in ("optimizer.pt", "scheduler.pt"))
-        if not list(folder.glob("rng_state*")):
-            return "缺少 rng_state"
         json.loads((folder / "trainer_state.json").read_text("utf-8"))["global_step"]
-    except Exception as error:
-        return f"{type(error).__name__}"
+        with safe_open(folder / "model.safetensors", "pt") as file:       # 长度与文件头不符会报错
+            file.keys()
+        names = ["optimizer.pt", "scheduler.pt", *(path.name for path in folder.glob("rng_state*.pth"))]
+        if len(names) < 3:
+            return "缺少 rng_state.pth"
+        with safe_globals():                                              # weights_only：不执行文件里的代码
+            for name in names:
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        return f"{type(error).__name__}：{str(error)[:60]}"
     return None
+
+
+def checkpoint_step(path):
+    return int(path.name.split("-")[1])
+
+
+def sorted_checkpoints(folder):
+    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
 
 
 def newest_checkpoint(folder):
     """最新的完整检查点的路径；没有则 None。不完整的跳过，并说一声。"""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
+    for path in reversed(sorted_checkpoints(folder)):
         problem = checkpoint_problem(path)
         if problem is None:
             return path
-        print(f"跳过不完整的检查点 {path.name}（{problem}）")
+        print(f"跳过不完整的检查点 {path}（{problem}）")
     return None
+
+
+def truncate_logs(work_dir, last_step):
+    """丢掉检查点之后的日志：那几步要重新训练，每一步只留一行。"""
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        rows = [row for row in read_jsonl(work_dir / name) if row["step"] <= last_step]
+        write_text(work_dir / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_config(work_dir):
+    try:
+        return json.loads((work_dir / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{work_dir} 里有检查点，但 config.json 没有了或坏了；换一个 --work_dir，或加 --fresh") from None
 
 
 # ==== 7. 训练 ====
 
 class GPT2Trainer(Trainer):
-    """Hugging Face 的 Trainer，改了四处：数据次序、优化器、评估、存盘。"""
+    """Hugging Face 的 Trainer，改了四处：数据次序、优化器、评估与日志、存盘。"""
 
-    def setup(self, work_dir, config, meta, n_blocks, peak, speed):
-        """记下评估和日志要用的东西。"""
-        self.work_dir, self.run_config, self.meta, self.peak, self.speed = work_dir, config, meta, peak, speed
+    def setup(self, work_dir, config, meta, speed, start_step, tokenizer):
+        """记下评估和日志要用的东西。config 是 config.json 的内容，start_step 是接着哪一步训练。
+
+        分词器不走 processing_class：那样 Trainer 会给模型设上 pad_token_id，每次前向都要等 GPU 查一遍 padding。
+        """
+        self.work_dir, self.run_config, self.meta, self.speed = work_dir, config, meta, speed
+        self.tokenizer = tokenizer
         self.tokens_per_step = config["effective_batch_size"] * config["block_size"]
-        self.steps_per_epoch = n_blocks / config["effective_batch_size"]
-        self.flops_per_token = flops_per_token(self.model.num_parameters(), config["n_layer"], config["n_embd"],
-                                               config["block_size"])
         self.model_accepts_loss_kwargs = False       # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
         rows = read_jsonl(work_dir / "train_log.jsonl")
-        self.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
-        self.clock, self.clock_step, self.plot = time.perf_counter(), self.state.global_step, None
+        self.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0.0)
+        self.clock, self.clock_step, self.plot = time.perf_counter(), start_step, None
+        self.remove_callback(transformers.PrinterCallback)
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)       # BlockStream 已经排好次序
@@ -694,11 +728,11 @@ class GPT2Trainer(Trainer):
             return super().create_optimizer(model)
         groups = muon_groups(self.model, self.args.learning_rate, self.run_config["muon_learning_rate"],
                              self.args.weight_decay)
-        self.optimizer = Muon(groups, lr=self.args.learning_rate,
-                              betas=(self.args.adam_beta1, self.args.adam_beta2))
+        self.optimizer = Muon(groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2))
         return self.optimizer
 
     def log(self, logs, start_time=None):
+        """补上速度，写一行 train_log.jsonl，打印一行，再交给 Trainer（和 --report_to 的工具）。"""
         step = self.state.global_step
         if "loss" in logs:
             now = time.perf_counter()
@@ -706,31 +740,29 @@ class GPT2Trainer(Trainer):
             self.clock, self.clock_step = now, step
             self.elapsed += seconds
             tokens_per_second = steps * self.tokens_per_step / seconds
-            logs |= {"tokens_per_second": round(tokens_per_second, 1),
-                     "mfu": round(tokens_per_second * self.flops_per_token / self.peak, 4),
+            mfu = tokens_per_second * self.run_config["flops_per_token"] / self.run_config["peak_flops"]
+            logs |= {"tokens_per_second": round(tokens_per_second, 1), "mfu": round(mfu, 4),
                      "elapsed_seconds": round(self.elapsed, 2)}
-            row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4)}
+            row = {"step": step, "epoch": round(step / self.run_config["steps_per_epoch"], 4)}
             row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
                                                "elapsed_seconds") if key in logs}
             append_jsonl(self.work_dir / "train_log.jsonl", row)
-            print_progress(row, self.state.max_steps, self.tokens_per_step)
+            tqdm.write(progress_line(row, self.state.max_steps, self.tokens_per_step))
         elif "eval_loss" in logs:
             append_jsonl(self.work_dir / "train_log.jsonl", {"step": step, **logs})
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """验证、续写、重画曲线；这段时间不算进训练速度。"""
-        start = time.perf_counter()
-        config = self.run_config
+        """验证、续写、重画曲线。这段时间不算进训练速度。"""
+        start, config, step = time.perf_counter(), self.run_config, self.state.global_step
         metrics = evaluate(self.model, self.work_dir / "packed" / "eval.bin", self.meta["eval_sources"],
-                           config["block_size"], min(config["batch_size"], 16), 3, self.args.device)
+                           config["block_size"], min(config["batch_size"], 16), self.args.device)
         metrics = {key: round(value, 6) for key, value in metrics.items()}
-        print(f"验证 步 {self.state.global_step} | 损失 {metrics['eval_loss']:.3f} | 每字比特 "
-              f"{metrics['eval_bits_per_char']:.3f}")
-        self.log(metrics)
-        samples = generate_samples(self.model, self.processing_class, config["seed"], min(64, config["block_size"] - 16))
-        write_samples(self.work_dir, self.state.global_step, metrics["eval_loss"], samples)
-        print("续写 " + samples[0][1].replace("\n", " ")[:80])
+        samples = generate_samples(self.model, self.tokenizer, config["seed"], config["block_size"])
+        self.log(dict(metrics))
+        write_samples(self.work_dir, step, metrics["eval_loss"], samples)
+        tqdm.write(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | "
+                   + samples[0][1].replace("\n", " ")[:60])
         self.plot = plot_curve(self.work_dir, self.plot)
         self.clock += time.perf_counter() - start
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -740,32 +772,31 @@ class GPT2Trainer(Trainer):
         return str(self.work_dir / "checkpoints" / ".staging")
 
     def _save_checkpoint(self, model, trial=None):
-        """先写到 .staging，落盘，再一步改名：检查点要么完整，要么不存在。"""
+        """先写到 .staging，落盘，再一步改名：检查点要么完整，要么不存在。只留最新的两个。"""
         start = time.perf_counter()
-        name = f"checkpoint-{self.state.global_step}"
-        folder, staging = self.work_dir / "checkpoints", self.work_dir / "checkpoints" / ".staging"
-        if not (folder / name).exists():
+        folder = self.work_dir / "checkpoints"
+        staging, final = folder / ".staging", folder / f"checkpoint-{self.state.global_step}"
+        if not final.exists():
             shutil.rmtree(staging, ignore_errors=True)
             super()._save_checkpoint(model, trial)
-            replace_directory(staging / name, folder / name)
+            replace_directory(staging / final.name, final)
             shutil.rmtree(staging, ignore_errors=True)
-            keep = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-            for old in keep[:-2]:
+            for old in sorted_checkpoints(folder)[:-2]:
                 shutil.rmtree(old)
         self.clock += time.perf_counter() - start
 
 
-def print_progress(row, max_steps, tokens_per_step):
+def progress_line(row, max_steps, tokens_per_step):
     speed = row["tokens_per_second"]
     left = (max_steps - row["step"]) * tokens_per_step / speed
     left = f"{left / 3600:.1f} 小时" if left > 5400 else f"{left / 60:.0f} 分钟" if left > 90 else f"{left:.0f} 秒"
     speed = f"{speed / 1000:.0f}k" if speed > 10_000 else f"{speed / 1000:.1f}k"
-    print(f"步 {row['step']}/{max_steps} | loss {row['loss']:.3f} | lr {row['learning_rate']:.1e} | "
-          f"{speed} tok/s | MFU {row['mfu']:.0%} | 剩余 {left}")
+    return (f"步 {row['step']}/{max_steps} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | "
+            f"{speed} tok/s | MFU {row['mfu']:.0%} | 剩余 {left}")
 
 
 def plot_curve(work_dir, previous):
-    """在后台运行旁边的 plot_loss.py；没有那个脚本就算了。返回进程。"""
+    """在后台运行旁边的 plot_loss.py，返回进程；没有那个脚本就不画。"""
     script = Path(__file__).with_name("plot_loss.py")
     if previous is not None:
         previous.wait()
@@ -775,23 +806,105 @@ def plot_curve(work_dir, previous):
                             stdout=subprocess.DEVNULL)
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C（SIGINT）和 SIGTERM：做完这一步，存检查点，再停。按第二次立即停。"""
+class Progress(TrainerCallback):
+    """进度条，以及停止信号：Ctrl-C（SIGINT）和 SIGTERM 做完这一步、存检查点再停，按第二次立即停。"""
 
-    def __init__(self):
-        self.signal = None
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.handle)
+    def __init__(self, start_step, steps_per_epoch):
+        self.start_step, self.steps_per_epoch, self.signal, self.bar = start_step, steps_per_epoch, None, None
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self.handle_signal)
 
-    def handle(self, number_, frame):
+    def handle_signal(self, which, frame):
         if self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = number_
-        print("收到停止信号，做完这一步就存检查点……（再按一次立即停）", file=sys.stderr)
+        self.signal = which
+        tqdm.write("收到停止信号：做完这一步就存检查点（再按一次立即停）")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # disable=None：输出不是终端时不画进度条，只有逐行日志
+        self.bar = tqdm(total=state.max_steps, initial=self.start_step, unit="步", disable=None, dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+        state.epoch = state.global_step / self.steps_per_epoch      # Trainer 把整个训练当成一遍，这里换回真正的遍数
         if self.signal is not None:
             control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def training_arguments(args, speed, work_dir, steps):
+    """命令行 -> Trainer 的参数。"""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", "/root/tf-logs" if Path("/root/tf-logs").is_dir() else
+                          str(work_dir / "tensorboard"))            # AutoDL 的面板读 /root/tf-logs
+    result = TrainingArguments(
+        output_dir=str(work_dir / "checkpoints"), max_steps=steps, seed=args.seed,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.effective_batch_size // args.batch_size,
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_schedule,
+        warmup_steps=round(steps * args.warmup_ratio), weight_decay=args.weight_decay,
+        adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
+        optim="adamw_torch" if speed.optimizer == "muon" else speed.optimizer,
+        bf16=speed.precision == "bf16", fp16=speed.precision == "fp16", tf32=True if speed.tf32 else None,
+        torch_compile=speed.compile, use_cpu=speed.device == "cpu",
+        dataloader_num_workers=args.num_workers, dataloader_pin_memory=speed.device == "cuda",
+        remove_unused_columns=False, logging_steps=args.logging_steps,
+        logging_nan_inf_filter=False,                               # True 会让每个微批量都等 GPU 一次
+        eval_strategy="steps", eval_steps=args.eval_steps, save_strategy="steps", save_steps=args.eval_steps,
+        report_to=args.report_to, disable_tqdm=True)
+    if result.n_gpu > 1:
+        print(f"看到 {result.n_gpu} 张显卡，只用第一张；要都用上：torchrun --nproc_per_node={result.n_gpu} a100_train.py")
+        result._n_gpu = 1                                           # 否则 Trainer 会悄悄用很慢的 DataParallel
+    return result
+
+
+def train(args, speed, work_dir, meta, config, checkpoint):
+    """训练到底（或被信号叫停），返回退出码。config 是要写进 config.json 的内容。"""
+    start_step = checkpoint_step(checkpoint) if checkpoint else 0
+    truncate_logs(work_dir, start_step if checkpoint else -1)
+    model = build_model(meta["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size, speed.attention,
+                        speed.liger, args.seed)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    tokenizer = AutoTokenizer.from_pretrained(work_dir / "tokenizer")
+    steps = config["total_steps"]
+    dataset = BlockStream(work_dir / "packed" / "train.bin", args.block_size, steps * args.effective_batch_size,
+                          args.seed)
+    trainer = GPT2Trainer(model, training_arguments(args, speed, work_dir, steps), data_collator=pass_batch,
+                          train_dataset=dataset, eval_dataset=dataset)
+    trainer.args.eval_on_start = checkpoint is None
+    trainer.setup(work_dir, config, meta, speed, start_step, tokenizer)
+    progress = Progress(start_step, config["steps_per_epoch"])
+    trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError:
+        raise UserError(f"显存不够：--batch_size {args.batch_size} 放不下；改成 {max(1, args.batch_size // 2)} 再跑同一条命令"
+                        f"（有效批量不变，结果也不变）") from None
+    if trainer.plot is not None:
+        trainer.plot.wait()
+    if progress.signal is not None and trainer.state.global_step < steps:
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {shlex.join(sys.argv)}")
+        return 128 + progress.signal
+    save_final_model(work_dir, model, tokenizer)
+    print(f"完成。模型 {work_dir / 'final_model'}，曲线 {work_dir / 'loss_curve.png'}，"
+          f"续写 {work_dir / 'generation_samples.md'}")
+    return 0
+
+
+def save_final_model(work_dir, model, tokenizer):
+    """写 final_model/：权重、配置、生成设置、分词器；再真的加载一遍，确认别人也能用。"""
+    lock, staging = open_output_directory(work_dir / "final_model", "config.json")
+    with lock:
+        model.config.use_cache, model.config.pad_token_id = True, 0
+        model.generation_config = sampling_config(max_new_tokens=100)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(staging)
+        if not all(torch.equal(a.cpu(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)):
+            raise UserError(f"{staging} 读回来的权重和训练的不一样；磁盘可能有问题，检查点仍在 checkpoints/")
+        replace_directory(staging, work_dir / "final_model")
 
 
 # ==== 8. 主程序 ====
@@ -853,17 +966,83 @@ def check_arguments(args):
     if args.n_embd % args.n_head:
         raise UserError(f"--n_embd {args.n_embd} 不能被 --n_head {args.n_head} 整除；每个头的维数要相等")
     if args.effective_batch_size % args.batch_size:
-        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size {args.batch_size} 的倍数；"
+        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size {args.batch_size} 的整数倍；"
                         f"把 --batch_size 改成它的约数")
+    if args.report_to != "none" and not installed(args.report_to):
+        raise UserError(f"指定了 --report_to {args.report_to}，但没有装：pip install {args.report_to}")
+
+
+def recipe(args, speed):
+    """决定模型结果的全部设置。接着训练时必须和检查点的一样；微批量、注意力、编译不在内。"""
+    names = ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps",
+             "learning_rate", "muon_learning_rate", "warmup_ratio", "lr_schedule", "weight_decay", "seed")
+    return {name: getattr(args, name) for name in names} | {"optim": speed.optimizer, "format": FORMAT}
+
+
+def check_same(old, new, checkpoint):
+    """接着训练时，新旧设置要一样；不一样就一行说清，什么也不动。"""
+    for key, value in new.items():
+        if old.get(key) != value:
+            raise UserError(f"{checkpoint} 训练时 {key} 是 {old.get(key)}，这次是 {value}：用原来的设置接着训练，"
+                            f"或换一个 --work_dir，或加 --fresh 从头开始")
+
+
+def resolve(args, speed, meta):
+    """数据和设备都知道以后，算出 config.json 的内容。"""
+    n_blocks = meta["train_tokens"] // args.block_size
+    if n_blocks < 1:
+        raise UserError(f"--block_size {args.block_size} 比整个训练语料（{meta['train_tokens']} token）还大；改小它，"
+                        f"或多加语料")
+    with torch.device("meta"):           # 只数参数，不占内存
+        parameters = build_model(meta["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size,
+                                 speed.attention, False, args.seed).num_parameters()
+    peak, peak_source = peak_flops(speed.device)
+    held_out = meta["eval_sources"].values()
+    return recipe(args, speed) | {
+        "corpus_hash": meta["corpus_hash"], "tokenizer_hash": meta["tokenizer_hash"], "vocab_size": meta["vocab_size"],
+        "total_steps": args.max_steps or math.ceil(args.epochs * n_blocks / args.effective_batch_size),
+        "steps_per_epoch": n_blocks / args.effective_batch_size, "n_blocks": n_blocks, "parameters": parameters,
+        "flops_per_token": flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size),
+        "peak_flops": peak, "peak_source": peak_source, "unigram_entropy": meta["unigram_entropy"],
+        "characters_per_token": sum(s["characters"] for s in held_out) / sum(s["end"] - s["start"] for s in held_out),
+        "preset": args.preset, "batch_size": args.batch_size, "speed": vars(speed),
+        "device_name": torch.cuda.get_device_name() if speed.device == "cuda" else "CPU",
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "command": f"python {shlex.join(sys.argv)}"}
+
+
+def print_summary(config, meta, checkpoint):
+    """开始前的一览：实际采用了什么，要跑多少。"""
+    speed, switch = config["speed"], {True: "开", False: "关"}
+    tokens_per_step = config["effective_batch_size"] * config["block_size"]
+    seconds = config["total_steps"] * tokens_per_step * config["flops_per_token"] / config["peak_flops"]
+    rows = {
+        "设备": f"{config['device_name']}（{torch.get_num_threads()} 个 CPU 线程），精度 {speed['precision']}",
+        "版本": f"torch {torch.__version__}，transformers {transformers.__version__}",
+        "加速": f"注意力 {speed['attention']}，优化器 {speed['optimizer']}，compile {switch[speed['compile']]}，"
+                f"TF32 {switch[speed['tf32']]}，Liger {switch[speed['liger']]}",
+        "模型": f"{config['parameters']:,} 参数：{config['n_layer']} 层 × {config['n_embd']} 维，{config['n_head']} 头，"
+                f"词表 {config['vocab_size']:,}，上下文 {config['block_size']}",
+        "数据": f"{meta['train_tokens']:,} token = {config['n_blocks']:,} 块，每 token {config['characters_per_token']:.2f} 字",
+        "每步": f"{config['effective_batch_size']} 块 × {config['block_size']} = {tokens_per_step:,} token"
+                f"（微批量 {config['batch_size']} × 累积 {config['effective_batch_size'] // config['batch_size']}）",
+        "步数": f"{config['total_steps']:,}，即 {config['total_steps'] / config['steps_per_epoch']:.2f} 遍"
+                + (f"，从第 {checkpoint_step(checkpoint)} 步接着训练" if checkpoint else ""),
+        "时间": f"至少 {seconds / 60:.1f} 分钟（{config['peak_source']}每秒 {config['peak_flops'] / 1e12:.2f} T 次，利用率按 "
+                f"100% 算）；实际看日志的“剩余”",
+    }
+    for title, value in rows.items():
+        print(f"{title}  {value}")
 
 
 def main():
-    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     args, explicit = parse_arguments()
     check_arguments(args)
-    if not (torch.cuda.is_available() or args.device == "cpu" or args.prepare_only or explicit["max_steps"]
-            or args.preset == "demo" or args.device == "cuda"):
-        stop_without_cuda(args)
+    asked = args.prepare_only or args.preset == "demo" or explicit["max_steps"] or args.device != "auto"
+    if not torch.cuda.is_available() and not asked:
+        stop_without_cuda()
     speed = None if args.prepare_only else choose_speed(
         args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger, args.preset == "demo")
     work_dir = args.work_dir
@@ -873,110 +1052,24 @@ def main():
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"另一个训练正在使用 {work_dir}；等它结束，或换一个 --work_dir") from None
-    started = (work_dir / "checkpoints").exists() and not args.fresh
-    prepare(work_dir, explicit["corpus"], args.text_column, explicit["vocab_size"], args.preset, not started)
-    meta = pack(work_dir, args.seed)
-    if args.prepare_only:
-        print(f"数据准备好了。训练：python {Path(sys.argv[0]).name} --work_dir {work_dir}")
-        return 0
-    return train(args, work_dir, meta, speed)
-
-
-def train(args, work_dir, meta, speed):
-    n_blocks = meta["train_tokens"] // args.block_size
-    if n_blocks < 1:
-        raise UserError(f"--block_size {args.block_size} 比整个语料（{meta['train_tokens']} token）还大；改小它")
-    steps = args.max_steps or math.ceil(args.epochs * n_blocks / args.effective_batch_size)
-    config = {key: getattr(args, key) for key in (
-        "preset", "n_layer", "n_embd", "n_head", "block_size", "batch_size", "effective_batch_size", "learning_rate",
-        "muon_learning_rate", "warmup_ratio", "lr_schedule", "weight_decay", "seed")}
-    config |= {"total_steps": steps, "vocab_size": meta["vocab_size"], "corpus_hash": meta["corpus_hash"],
-               "tokenizer_hash": meta["tokenizer_hash"], "optim": speed.optimizer}
     if args.fresh:
         for name in ("checkpoints", "final_model"):
             shutil.rmtree(work_dir / name, ignore_errors=True)
     checkpoint = newest_checkpoint(work_dir / "checkpoints")
-    last = 0
+    old = read_config(work_dir) if checkpoint else None
+    if checkpoint and speed:
+        check_same(old, recipe(args, speed), checkpoint)
+    prepare(work_dir, explicit["corpus"], args.text_column, explicit["vocab_size"], args.preset, checkpoint is None)
+    meta = pack(work_dir, args.seed)
+    if args.prepare_only:
+        print(f"数据准备好了：{meta['train_tokens']:,} 个训练 token。去掉 --prepare_only 再跑一次就开始训练")
+        return 0
+    config = resolve(args, speed, meta)
     if checkpoint:
-        old = json.loads((work_dir / "config.json").read_text("utf-8"))
-        for key, value in config.items():
-            if key not in ("batch_size", "preset") and old.get(key) != value:
-                raise UserError(f"{checkpoint} 训练时 {key} 是 {old.get(key)}，这次是 {value}；用原来的设置接着训练，"
-                                f"或换一个 --work_dir，或加 --fresh 从头开始")
-        last = int(checkpoint.name.split("-")[1])
-    for name in ("train_log.jsonl", "samples.jsonl"):
-        rows = [row for row in read_jsonl(work_dir / name) if row["step"] <= last] if checkpoint else []
-        write_text(work_dir / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    model = build_model(meta["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size, speed.attention,
-                        speed.liger, args.seed)
-    peak, peak_source = peak_flops(speed.device)
-    tokenizer = AutoTokenizer.from_pretrained(work_dir / "tokenizer")
-    n = model.num_parameters()
-    tokens = steps * args.effective_batch_size * args.block_size
-    rows = {
-        "设备": torch.cuda.get_device_name() if speed.device == "cuda" else f"CPU，{torch.get_num_threads()} 线程",
-        "版本": f"torch {torch.__version__}，transformers {transformers.__version__}",
-        "加速": f"注意力 {speed.attention}，优化器 {speed.optimizer}，精度 {speed.precision}，"
-                f"compile {'开' if speed.compile else '关'}，TF32 {'开' if speed.tf32 else '关'}",
-        "模型": f"{n:,} 参数（{args.n_layer} 层 × {args.n_embd} 维，词表 {meta['vocab_size']:,}，上下文 {args.block_size}）",
-        "数据": f"{meta['train_tokens']:,} token，{n_blocks:,} 块",
-        "训练": f"{steps:,} 步 × {args.effective_batch_size * args.block_size:,} token"
-                f"（{args.batch_size} 块 × 累积 {args.effective_batch_size // args.batch_size} 次），"
-                f"共 {tokens / n_blocks / args.block_size:.2f} 遍",
-        "时间": f"至少 {tokens * flops_per_token(n, args.n_layer, args.n_embd, args.block_size) / peak / 60:.1f} 分钟"
-                f"（按{peak_source}每秒 {peak / 1e12:.2f} T 次；实际看第一行日志的“剩余”）",
-    }
-    for title, value in rows.items():
-        print(f"{title}  {value}")
-    config |= {"parameters": n, "steps_per_epoch": n_blocks / args.effective_batch_size,
-               "unigram_entropy": meta["unigram_entropy"],
-               "characters_per_token": sum(s["characters"] for s in meta["eval_sources"].values())
-               / sum(s["end"] - s["start"] for s in meta["eval_sources"].values()),
-               "speed": vars(speed), "torch": torch.__version__, "transformers": transformers.__version__}
+        check_same(old, {key: config[key] for key in ("corpus_hash", "tokenizer_hash", "total_steps")}, checkpoint)
+    print_summary(config, meta, checkpoint)
     write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
-    dataset = BlockStream(work_dir / "packed" / "train.bin", args.block_size, steps * args.effective_batch_size, args.seed)
-    training_args = TrainingArguments(
-        output_dir=str(work_dir / "checkpoints"), max_steps=steps, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.effective_batch_size // args.batch_size, learning_rate=args.learning_rate,
-        lr_scheduler_type=args.lr_schedule, warmup_steps=round(steps * args.warmup_ratio),
-        weight_decay=args.weight_decay, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, seed=args.seed,
-        optim=speed.optimizer if speed.optimizer != "muon" else "adamw_torch",
-        bf16=speed.precision == "bf16", fp16=speed.precision == "fp16", tf32=speed.tf32 or None,
-        torch_compile=speed.compile, gradient_checkpointing=args.gradient_checkpointing,
-        use_cpu=speed.device == "cpu", dataloader_num_workers=args.num_workers,
-        dataloader_pin_memory=speed.device == "cuda", remove_unused_columns=False,
-        logging_steps=args.logging_steps, logging_nan_inf_filter=False, eval_strategy="steps",
-        eval_steps=args.eval_steps, eval_on_start=checkpoint is None, save_steps=args.eval_steps,
-        report_to=args.report_to, disable_tqdm=True)
-    training_args._n_gpu = min(1, training_args.n_gpu)
-    trainer = GPT2Trainer(model, training_args, data_collator=pass_batch, train_dataset=dataset, eval_dataset=dataset,
-                          processing_class=tokenizer)
-    trainer.remove_callback(transformers.PrinterCallback)
-    stop = StopOnSignal()
-    trainer.add_callback(stop)
-    trainer.setup(work_dir, config, meta, n_blocks, peak, speed)
-    trainer.clock_step = last
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.plot is not None:
-        trainer.plot.wait()
-    if stop.signal is not None:
-        print(f"已存检查点。接着训练：python {' '.join(sys.argv)}")
-        return 128 + stop.signal
-    save_final_model(work_dir, model, tokenizer)
-    print(f"完成。模型在 {work_dir / 'final_model'}，曲线在 {work_dir / 'loss_curve.png'}")
-    return 0
-
-
-def save_final_model(work_dir, model, tokenizer):
-    """写 final_model/：权重、配置、生成设置、分词器。"""
-    lock, staging = open_output_directory(work_dir / "final_model", "config.json")
-    with lock:
-        model.config.use_cache, model.config.pad_token_id = True, 0
-        model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100,
-                                                   bos_token_id=2, eos_token_id=3, pad_token_id=0)
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        replace_directory(staging, work_dir / "final_model")
+    return train(args, speed, work_dir, meta, config, checkpoint)
 
 
 if __name__ == "__main__":

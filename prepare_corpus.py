@@ -479,7 +479,7 @@ def reason_to_rebuild(output_dir, key):
 
 def main():
     parser = ArgumentParser(description="第 1 步：整理语料", allow_abbrev=False)
-    parser.add_argument("--corpus", nargs="+", metavar="SOURCE", help="来源：wiki zhihu demo 或 [名字=]路径")
+    parser.add_argument("--corpus", nargs="+", action="extend", metavar="SOURCE", help="来源：wiki zhihu demo 或 [名字=]路径")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="没写 --corpus 时用哪些来源")
     parser.add_argument("--text_column", help="文本所在的列（默认依次找 text、completion、INSTRUCTION+RESPONSE）")
     parser.add_argument("--output_dir", type=Path, default=Path("gpt2-chinese/corpus"), help="写到哪里")
