@@ -13,8 +13,10 @@
 """
 
 import argparse
+import bisect
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -187,25 +189,24 @@ def sample_lines(corpus_dir, limit, seed):
 
 # ==== 2. 训练 SentencePiece ====
 
-def choose_coverage(lines, vocab_size, coverage):
-    """词表装不下全部常用字时降低字符覆盖率。返回覆盖率；其余的字拆成字节，仍然无损。
+def limit_characters(lines, vocab_size, coverage):
+    """决定哪些字在词表里有自己的位置，其余的拆成字节（仍然无损）。返回 (训练用的行, 实际的字符覆盖率)。
 
-    coverage 是“训练文本里多少比例的字符在词表里有自己的位置”。单字最多占词表剩余位置的 95 %，其余留给词。
+    coverage 是“训练文本里多少比例的字符有自己的位置”。词表小时，单字至多占一半，另一半留给词：
+    全给单字的话，每个 token 只有一个字，同样的算力看到的文字更少（results/demo_recipe.md）。
     """
     characters = Counter()
     for line in lines:
         characters.update(line)
-    room = int((vocab_size - len(SPECIAL) - 256) * 0.95)
-    total, covered = sum(characters.values()), 0
-    for rank, (_, count) in enumerate(characters.most_common(), 1):
-        if rank > room:
-            print(f"语料有 {len(characters):,} 种字符，词表 {vocab_size:,} 装不下：字符覆盖率从 {coverage} 降到 "
-                  f"{covered / total:.6f}，其余罕见字拆成字节")
-            return covered / total
-        covered += count
-        if covered / total >= coverage:
-            break
-    return coverage
+    room, total = (vocab_size - len(SPECIAL) - 256) // 2, sum(characters.values())
+    common = characters.most_common(room)
+    covered = sum(count for _, count in common) / total
+    if len(characters) <= room or covered >= coverage:
+        return lines, coverage
+    print(f"语料有 {len(characters):,} 种字符，词表 {vocab_size:,} 装不下：字符覆盖率从 {coverage} 降到 {covered:.4f}，"
+          f"其余罕见字拆成字节")
+    rare = re.compile("[" + "".join(map(re.escape, characters.keys() - dict(common).keys())) + "]+")
+    return [piece for line in lines for piece in rare.split(line) if piece], covered
 
 
 def train_sentencepiece(lines, vocab_size, coverage, threads):
@@ -218,12 +219,13 @@ def train_sentencepiece(lines, vocab_size, coverage, threads):
             normalization_rule_name="identity",      # 默认的 nmt_nfkc 会把全角，变成半角,
             add_dummy_prefix=False,                  # 不在开头加空格
             remove_extra_whitespaces=False,          # 不合并连续空格
+            required_chars="\u2581",                   # 空格总要有自己的词块，语料里没有空格也一样
             pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", seed_sentencepiece_size=min(1_000_000, 10 * vocab_size),
             max_sentence_length=LINE_LIMIT * 4 + 1, num_threads=threads, minloglevel=2)
     except RuntimeError as error:
-        if found := re.search(r"<= (\d+)", str(error)):
-            raise UserError(f"语料太小，凑不出 {vocab_size:,} 个词块，最多 {int(found[1]):,} 个；"
-                            f"请用 --vocab_size {found[1]} 或更小的数") from None
+        if found := re.search(r"set it to a value <= (\d+)", str(error)):
+            advice = f"请用 --vocab_size {found[1]} 或更小的数" if int(found[1]) >= SMALLEST else "请多加些语料"
+            raise UserError(f"语料太小，凑不出 {vocab_size:,} 个词块，最多 {int(found[1]):,} 个；{advice}") from None
         if found := re.search(r"(\d+) vs (\d+)", str(error)):
             raise UserError(f"词表 {vocab_size:,} 小于必需的字符数 {int(found[2]):,}；请增大 --vocab_size") from None
         raise UserError(f"SentencePiece 训练失败：{error}") from None
@@ -289,7 +291,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("gpt2-chinese/tokenizer"), help="写到哪里")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="没写 --vocab_size 时用多大的词表")
     parser.add_argument("--vocab_size", type=number(int, SMALLEST, 65_536), help="词块数；uint16 装得下 65,536")
-    parser.add_argument("--character_coverage", type=number(float, 0.5, 1.0), default=0.9999, help="字符覆盖率")
+    parser.add_argument("--character_coverage", type=number(float, 0.98, 1.0), default=0.9999, help="字符覆盖率")
     parser.add_argument("--max_lines", type=number(int, 1), default=200_000, help="最多用多少行训练")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=42, help="抽样的随机种子")
     parser.add_argument("--threads", type=number(int, 1, 1024), default=os.cpu_count(), help="线程数")
@@ -316,8 +318,8 @@ def main():
     with lock:
         try:
             lines = sample_lines(args.corpus_dir, args.max_lines, args.seed)
-            coverage = choose_coverage(lines, vocab_size, args.character_coverage)
-            model = train_sentencepiece(lines, vocab_size, coverage, args.threads)
+            lines, coverage = limit_characters(lines, vocab_size, args.character_coverage)
+            model = train_sentencepiece(lines, vocab_size, max(coverage, args.character_coverage), args.threads)
             (staging / "sentencepiece.model").write_bytes(model)
             fast = convert(model)
             check = self_check(spm.SentencePieceProcessor(model_proto=model), fast, args.corpus_dir)
