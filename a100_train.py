@@ -16,6 +16,7 @@
 """
 
 import argparse
+import gc
 import hashlib
 import importlib.util
 import json
@@ -28,7 +29,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -38,6 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sentencepiece as spm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -55,8 +58,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.trainer_pt_utils import safe_globals
 
 FORMAT = 1                           # 工作目录的格式版本
+START = time.time()                  # --max_hours 从这里算起
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun 设的
+DEADLINE = 1                         # “到时间了”，与信号编号（SIGINT 2、SIGTERM 15）放在一起比较
 PRESETS = {
-    "full": dict(corpus=["wiki", "zhihu"], vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024,
+    "full": dict(corpus=["wiki", "zhihu"], vocab_size=32_000,
+                 n_layer=8, n_embd=768, n_head=12, block_size=1024,
                  batch_size=48, effective_batch_size=96,          # 48 × 2 × 1,024 = 98,304 token/步
                  epochs=2.0, max_steps=0, learning_rate=3e-4, warmup_ratio=0.05, weight_decay=0.1,
                  logging_steps=10, eval_steps=500),
@@ -69,8 +76,8 @@ REFERENCE_TOKENS = 11_838 * 98_304   # 公开参考的训练量，约 11.6 亿 t
 PAD, BOS, EOS = 0, 2, 3               # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 # 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格，用来算 MFU
-PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165, "3090": 71,
-               "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165,
+               "3090": 71, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
 
 
 # ==== 0. 控制台与出错（各脚本里一字不差，由 tests/test_consistency.py 看守）====
@@ -90,10 +97,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        for english, chinese in (("argument ", "参数 "), ("unrecognized arguments:", "不认识的参数："),
+        for english, chinese in (("ignored explicit argument", "不接受取值"), ("argument ", "参数 "),
+                                 ("unrecognized arguments:", "不认识的参数："),
                                  ("expected one argument", "后面要跟一个值"),
                                  ("expected at least one argument", "后面至少要跟一个值"),
-                                 ("ignored explicit argument", "不接受取值"),
                                  ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
             message = message.replace(english, chinese)
         print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
@@ -115,6 +122,7 @@ def number(kind, low, high=1e18):
 
 def run(main):
     """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # 让 finally 里的清理有机会执行
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
@@ -124,7 +132,7 @@ def run(main):
     except OSError as error:
         full = error.errno == 28 or "No space left" in str(error)
         where = f"{error.filename}：" if error.filename else ""
-        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}"
+        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}；检查路径和权限"
     except KeyboardInterrupt:
         print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
         sys.exit(130)
@@ -173,7 +181,9 @@ def iter_corpus(corpus_dir, split):
         try:
             for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text", "source"]):
                 yield from zip(batch["text"].to_pylist(), batch["source"].to_pylist(), strict=True)
-        except (pa.ArrowException, KeyError) as error:
+        except (pa.ArrowException, KeyError, OSError) as error:
+            if getattr(error, "errno", None):            # 真的读不了（没有权限……），不是内容坏了
+                raise
             raise UserError(f"{path} 已损坏（{error}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py") from None
 
 
@@ -182,7 +192,7 @@ def read_report(folder, name="report.json"):
     try:
         report = json.loads((Path(folder) / name).read_text("utf-8"))
         complete = all((Path(folder) / file).stat().st_size == size for file, size in report["files"].items())
-        return report if complete else {}
+        return report if complete and report["corpus_hash"] else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -229,6 +239,14 @@ def peak_flops(device):
     return 2 * size**3 / best, "实测矩阵乘"
 
 
+def check_disk(folder, need, purpose):
+    """写之前先看磁盘够不够；need 是字节数。"""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"{folder} 只剩 {free / 2**30:.1f} GB，{purpose}要 {need / 2**30:.1f} GB；清出空间，"
+                        f"或用 --work_dir 换一块盘")
+
+
 def flops_per_token(parameters, n_layer, n_embd, block_size):
     """训练一个 token 的浮点运算次数：6N + 12·L·d·T（PaLM 论文附录 B；N 不含位置向量）。"""
     return 6 * (parameters - block_size * n_embd) + 12 * n_layer * n_embd * block_size
@@ -247,20 +265,11 @@ def installed(package):
     return importlib.util.find_spec(package) is not None
 
 
-@dataclass
-class Speed:
-    """实际采用的加速设置。用户明说的办不到就报错，auto 才退而求其次。"""
-    device: str
-    precision: str
-    attention: str
-    optimizer: str
-    compile: bool
-    tf32: bool
-    liger: bool
-
-
 def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger, demo):
-    """按设备决定精度、注意力、优化器和开关；参数是命令行的原值，None 和 auto 表示自动。返回 Speed。"""
+    """按设备决定精度、注意力、优化器和开关。参数是命令行的原值：None 和 auto 表示自动，办不到就退而求其次并说一声；
+
+    明说的办不到就报错。返回字典。
+    """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise UserError("指定了 --device cuda，但没有可用的 CUDA 显卡；检查驱动和 torch 的 CUDA 版本，或去掉这个参数")
@@ -292,10 +301,11 @@ def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger,
         raise UserError("指定了 --liger，但它要 CUDA 显卡和 liger-kernel 包；去掉这个参数")
     compiler = installed("triton") if device == "cuda" else shutil.which("g++") or shutil.which("clang++")
     if compile_ and not compiler:
-        raise UserError(f"指定了 --compile，但缺少{'triton' if device == 'cuda' else ' C++ 编译器（g++）'}；用 --no-compile")
-    auto = lambda switch, default: default if switch is None else switch          # noqa: E731
-    return Speed(device, precision, attention, optimizer, compile=auto(compile_, device == "cuda" and bool(compiler)),
-                 tf32=auto(tf32, ampere), liger=auto(liger, False))
+        missing = "triton" if device == "cuda" else "C++ 编译器（g++）"
+        raise UserError(f"指定了 --compile，但缺少 {missing}；装上它，或用 --no-compile")
+    return {"device": device, "precision": precision, "attention": attention, "optimizer": optimizer,
+            "compile": device == "cuda" and bool(compiler) if compile_ is None else compile_,
+            "tf32": ampere if tf32 is None else tf32, "liger": bool(liger)}
 
 
 # ==== 2. 切分与打包 ====
@@ -322,42 +332,25 @@ def prepare(work_dir, corpus, text_column, vocab_size, preset, rebuild):
     fits = tokenizer.get("corpus_hash") == read_report(work_dir / "corpus").get("corpus_hash")
     if not fits or vocab_size not in (None, tokenizer["vocab_size"]):
         run_script("train_tokenizer.py", ["--vocab_size", vocab_size or PRESETS[preset]["vocab_size"], *flag,
-                                          "--corpus_dir", work_dir / "corpus", "--output_dir", work_dir / "tokenizer"])
+                                          "--corpus_dir", work_dir / "corpus",
+                                          "--output_dir", work_dir / "tokenizer"])
 
 
-def pages(text, limit=8000):
-    """把很长的文档在换行处切成页再编码：SentencePiece 在超长的字符串上累积误差。换行本身是一个词块，切了编号不变。"""
+def cut(text, limit):
+    """把长文本切成不超过 limit 个字符的段，尽量在行尾切；接起来与原文一字不差。"""
     if len(text) <= limit:
         return [text]
-    result, size = [[]], 0
-    for line in text.splitlines(keepends=True):
-        for start in range(0, len(line), limit):
-            if size + len(line) > limit and size:
-                result.append([])
-                size = 0
-            result[-1].append(line[start:start + limit])
-            size += len(result[-1][-1])
-    return ["".join(page) for page in result]
+    return re.findall(rf"[\s\S]{{0,{limit - 1}}}(?:\n|\S\Z)|[\s\S]{{1,{limit}}}", text)
 
 
 def encode(sp, texts, threads):
     """一批文档 -> 一批 uint16 数组，每篇末尾是 </s>（eos）：模型由它学会一篇在哪里结束。"""
-    split = [pages(text) for text in texts]
-    flat = iter(sp.encode([page for document in split for page in document], num_threads=threads))
-    for document in split:
-        ids = [token for _ in document for token in next(flat)]
-        yield np.array([*ids, sp.eos_id()], dtype=np.uint16)
-
-
-def batches(iterator, size):
-    batch = []
-    for item in iterator:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    # SentencePiece 在超长的字符串上会累积误差，所以先切成页；换行自成一个词块，在行尾切不改变编号
+    pages = [cut(text, 8000) for text in texts]
+    encoded = iter(sp.encode([page for document in pages for page in document], num_threads=threads))
+    for document in pages:
+        ids = [token for _ in document for token in next(encoded)]
+        yield np.array([*ids, EOS], dtype=np.uint16)
 
 
 def pack_train(corpus_dir, sp, path, seed, threads):
@@ -367,14 +360,14 @@ def pack_train(corpus_dir, sp, path, seed, threads):
     """
     unshuffled, lengths = path.with_suffix(".unshuffled"), []
     counts = np.zeros(sp.get_piece_size(), dtype=np.int64)
+    texts = (text for text, _ in iter_corpus(corpus_dir, "train"))
     with open(unshuffled, "wb") as file:
-        for batch in batches((text for text, _ in iter_corpus(corpus_dir, "train")), 2000):
-            for ids in encode(sp, batch, threads):
-                file.write(ids.tobytes())
-                lengths.append(len(ids))
-                counts += np.bincount(ids, minlength=len(counts)) if len(ids) > 5000 else 0
-                if len(ids) <= 5000:
-                    np.add.at(counts, ids, 1)
+        while batch := list(islice(texts, 2000)):
+            documents = list(encode(sp, batch, threads))
+            lengths += map(len, documents)
+            tokens = np.concatenate(documents)
+            file.write(tokens.tobytes())
+            counts += np.bincount(tokens, minlength=len(counts))
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     with open(unshuffled, "rb") as source, open(path, "wb") as file:
         for document in np.random.default_rng(seed).permutation(len(lengths)):
@@ -394,8 +387,8 @@ def pack_eval(corpus_dir, sp, path, threads):
         for source, texts in by_source.items():
             tokens = np.concatenate(list(encode(sp, texts, threads)))
             file.write(tokens.tobytes())
-            sources[source] = {"start": position, "end": position + len(tokens), "characters": sum(map(len, texts))}
-            position += len(tokens)
+            start, position = position, position + len(tokens)
+            sources[source] = {"start": start, "end": position, "characters": sum(map(len, texts))}
     return sources
 
 
@@ -411,6 +404,8 @@ def pack(work_dir, seed):
             print(f"打包好的数据没有变，沿用 {packed}")
             return meta
         print(f"重新打包：{'语料、分词器或随机种子变了' if meta else packed.name + '/ 不完整'}")
+    characters = sum(source.get("train_characters", 0) for source in corpus["sources"].values())
+    check_disk(work_dir, 4 * characters, "打包")       # 每 token 2 字节，打乱时有两份；token 不会比字多
     sp = spm.SentencePieceProcessor(model_file=str(model_path))
     lock, staging = open_output_directory(packed, "meta.json")
     with lock:
@@ -421,7 +416,7 @@ def pack(work_dir, seed):
             share = counts[counts > 0] / counts.sum()
             files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
             meta = {"key": key, "corpus_hash": corpus["corpus_hash"], "tokenizer_hash": tokenizer_hash,
-                    "vocab_size": sp.get_piece_size(), "train_tokens": int(counts.sum()), "eval_sources": sources,
+                    "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
                     "unigram_entropy": float(-(share * np.log(share)).sum()),     # 只猜词频能到的损失，nat
                     "files": files}
             write_text(staging / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
@@ -564,10 +559,11 @@ class Muon(torch.optim.Optimizer):
                         state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                     state["step"] += 1
                     beta1, beta2 = group["betas"]
+                    correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
                     state["exp_avg"].lerp_(p.grad, 1 - beta1)
                     state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
-                    denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-                    p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
+                    denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
+                    p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
 
 
 def muon_groups(model, learning_rate, muon_learning_rate, weight_decay):
@@ -617,8 +613,8 @@ def loss_metrics(prefix, nats, tokens, characters):
 
 def sampling_config(max_new_tokens):
     """续写的设置：温度 0.8，只在累计概率 0.95 的词块里抽（top-p）。"""
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_p=0.95, use_cache=True,
-                            bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_p=0.95,
+                            use_cache=True, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
 
 
 @torch.no_grad()
@@ -630,7 +626,7 @@ def generate_samples(model, tokenizer, seed, block_size):
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         for prompt in PROMPTS:
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+            ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=model.device)
             length = min(64, block_size - ids.size(1))
             output = model.generate(ids, attention_mask=torch.ones_like(ids),
                                     generation_config=sampling_config(length))
@@ -664,7 +660,8 @@ def checkpoint_problem(folder):
         with safe_globals():                                              # weights_only：不执行文件里的代码
             for name in names:
                 torch.load(folder / name, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UnpicklingError,
+            SafetensorError) as error:
         return f"{type(error).__name__}：{str(error)[:60]}"
     return None
 
@@ -706,13 +703,16 @@ def read_config(work_dir):
 class GPT2Trainer(Trainer):
     """Hugging Face 的 Trainer，改了四处：数据次序、优化器、评估与日志、存盘。"""
 
-    def setup(self, work_dir, config, meta, speed, start_step, tokenizer):
+    def setup(self, work_dir, config, meta, start_step):
         """记下评估和日志要用的东西。config 是 config.json 的内容，start_step 是接着哪一步训练。
 
         分词器不走 processing_class：那样 Trainer 会给模型设上 pad_token_id，每次前向都要等 GPU 查一遍 padding。
         """
-        self.work_dir, self.run_config, self.meta, self.speed = work_dir, config, meta, speed
-        self.tokenizer = tokenizer
+        self.work_dir, self.run_config, self.meta = work_dir, config, meta
+        self.tokenizer = AutoTokenizer.from_pretrained(work_dir / "tokenizer")
+        self.skipped_steps, self.window_skipped, self.recent_losses = 0, 0, []
+        # 还没存过盘时，按每秒写 100 MB 估计；之后用量到的
+        self.save_seconds, self.eval_seconds = config["parameters"] * 12 / 1e8, 0.0
         self.tokens_per_step = config["effective_batch_size"] * config["block_size"]
         self.model_accepts_loss_kwargs = False       # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
         rows = read_jsonl(work_dir / "train_log.jsonl")
@@ -720,16 +720,35 @@ class GPT2Trainer(Trainer):
         self.clock, self.clock_step, self.plot = time.perf_counter(), start_step, None
         self.remove_callback(transformers.PrinterCallback)
 
+    def _issue_warnings_after_load(self, load_result):
+        """输出层和词向量共用一个矩阵，检查点里只存一份；别为“缺少 lm_head.weight”吓人。"""
+        if set(load_result.missing_keys) != {"lm_head.weight"} or load_result.unexpected_keys:
+            super()._issue_warnings_after_load(load_result)
+
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)       # BlockStream 已经排好次序
 
     def create_optimizer(self, model=None):
-        if self.speed.optimizer != "muon" or self.optimizer is not None:
+        if self.run_config["optim"] != "muon" or self.optimizer is not None:
             return super().create_optimizer(model)
         groups = muon_groups(self.model, self.args.learning_rate, self.run_config["muon_learning_rate"],
                              self.args.weight_decay)
-        self.optimizer = Muon(groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2))
+        self.optimizer = Muon(groups, lr=self.args.learning_rate, betas=(0.9, 0.95))
         return self.optimizer
+
+    def training_step(self, *args, **kwargs):
+        # 不是有限数的损失不记进平均值；那一步由 Progress 跳过
+        return torch.nan_to_num(super().training_step(*args, **kwargs), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def reserve_seconds(self):
+        """停下来收尾大约要多久：存盘、万一正赶上一次验证，再留 10 秒。"""
+        return 2 * self.save_seconds + self.eval_seconds + 10
+
+    def save_now(self):
+        """立刻存一个检查点，返回它的路径。"""
+        self.model.zero_grad(set_to_none=True)
+        self._save_checkpoint(self.model)
+        return newest_checkpoint(self.work_dir / "checkpoints")
 
     def log(self, logs, start_time=None):
         """补上速度，写一行 train_log.jsonl，打印一行，再交给 Trainer（和 --report_to 的工具）。"""
@@ -740,31 +759,43 @@ class GPT2Trainer(Trainer):
             self.clock, self.clock_step = now, step
             self.elapsed += seconds
             tokens_per_second = steps * self.tokens_per_step / seconds
+            logs["loss"] *= steps / max(1, steps - self.window_skipped)      # 跳过的步不算进平均
+            self.window_skipped = 0
             mfu = tokens_per_second * self.run_config["flops_per_token"] / self.run_config["peak_flops"]
             logs |= {"tokens_per_second": round(tokens_per_second, 1), "mfu": round(mfu, 4),
                      "elapsed_seconds": round(self.elapsed, 2)}
             row = {"step": step, "epoch": round(step / self.run_config["steps_per_epoch"], 4)}
-            row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
-                                               "elapsed_seconds") if key in logs}
-            append_jsonl(self.work_dir / "train_log.jsonl", row)
+            row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second",
+                                               "mfu", "elapsed_seconds") if key in logs}
+            if self.skipped_steps:
+                row["skipped_steps"] = self.skipped_steps
             tqdm.write(progress_line(row, self.state.max_steps, self.tokens_per_step))
-        elif "eval_loss" in logs:
+            usual = sum(self.recent_losses[-10:]) / 10
+            if len(self.recent_losses) >= 10 and row["loss"] > usual + 0.5:
+                row["spike"] = True
+                tqdm.write(f"损失突然升高：{row['loss']:.2f}，最近 10 次平均 {usual:.2f}；若不回落，减小 --learning_rate")
+            self.recent_losses.append(row["loss"])
+            if RANK == 0:
+                append_jsonl(self.work_dir / "train_log.jsonl", row)
+        elif "eval_loss" in logs and RANK == 0:
             append_jsonl(self.work_dir / "train_log.jsonl", {"step": step, **logs})
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """验证、续写、重画曲线。这段时间不算进训练速度。"""
+        """验证、续写、重画曲线。这段时间不算进训练速度。多进程时各自算同样的东西，只有 0 号写文件。"""
         start, config, step = time.perf_counter(), self.run_config, self.state.global_step
         metrics = evaluate(self.model, self.work_dir / "packed" / "eval.bin", self.meta["eval_sources"],
                            config["block_size"], min(config["batch_size"], 16), self.args.device)
         metrics = {key: round(value, 6) for key, value in metrics.items()}
         samples = generate_samples(self.model, self.tokenizer, config["seed"], config["block_size"])
         self.log(dict(metrics))
-        write_samples(self.work_dir, step, metrics["eval_loss"], samples)
-        tqdm.write(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | "
-                   + samples[0][1].replace("\n", " ")[:60])
-        self.plot = plot_curve(self.work_dir, self.plot)
-        self.clock += time.perf_counter() - start
+        if RANK == 0:
+            write_samples(self.work_dir, step, metrics["eval_loss"], samples)
+            self.plot = plot_curve(self.work_dir, self.plot)
+        tqdm.write(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 "
+                   f"{metrics['eval_bits_per_char']:.3f} | " + samples[0][1].replace("\n", " ")[:60])
+        self.eval_seconds = time.perf_counter() - start
+        self.clock += self.eval_seconds
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -777,13 +808,19 @@ class GPT2Trainer(Trainer):
         folder = self.work_dir / "checkpoints"
         staging, final = folder / ".staging", folder / f"checkpoint-{self.state.global_step}"
         if not final.exists():
-            shutil.rmtree(staging, ignore_errors=True)
+            if RANK == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            replace_directory(staging / final.name, final)
-            shutil.rmtree(staging, ignore_errors=True)
-            for old in sorted_checkpoints(folder)[:-2]:
-                shutil.rmtree(old)
-        self.clock += time.perf_counter() - start
+            self.accelerator.wait_for_everyone()             # 每个进程都存了自己的 rng_state
+            if RANK == 0:
+                replace_directory(staging / final.name, final)
+                shutil.rmtree(staging, ignore_errors=True)
+                for old in sorted_checkpoints(folder)[:-2]:
+                    shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+        self.save_seconds = time.perf_counter() - start
+        self.clock += self.save_seconds
 
 
 def progress_line(row, max_steps, tokens_per_step):
@@ -802,53 +839,90 @@ def plot_curve(work_dir, previous):
         previous.wait()
     if not script.exists():
         return None
-    return subprocess.Popen([sys.executable, str(script), str(work_dir), "--output", str(work_dir / "loss_curve.png")],
-                            stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(script), str(work_dir), "--output", str(work_dir / "loss_curve.png")]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-class Progress(TrainerCallback):
-    """进度条，以及停止信号：Ctrl-C（SIGINT）和 SIGTERM 做完这一步、存检查点再停，按第二次立即停。"""
+class StopRequest:
+    """谁要训练停下：Ctrl-C（SIGINT）、SIGTERM，或 --max_hours。信号按第二次立即停。"""
 
-    def __init__(self, start_step, steps_per_epoch):
-        self.start_step, self.steps_per_epoch, self.signal, self.bar = start_step, steps_per_epoch, None, None
+    def __init__(self, max_hours):
+        self.reason, self.deadline = 0, START + max_hours * 3600 if max_hours else math.inf
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self.handle_signal)
 
     def handle_signal(self, which, frame):
-        if self.signal is not None:
+        if self.reason:
             raise KeyboardInterrupt
-        self.signal = which
+        self.reason = which
         tqdm.write("收到停止信号：做完这一步就存检查点（再按一次立即停）")
+
+    def agree(self, reserve_seconds, group):
+        """各进程商量：有一个要停就都在这一步停。reserve_seconds 是存盘等收尾要的时间。返回原因，0 是不停。"""
+        if not self.reason and time.time() + reserve_seconds > self.deadline:
+            self.reason = DEADLINE
+        if group is not None:
+            reason = torch.tensor(self.reason)
+            dist.all_reduce(reason, dist.ReduceOp.MAX, group=group)
+            self.reason = int(reason)
+        return self.reason
+
+
+class Progress(TrainerCallback):
+    """进度条；每步问一次要不要停；损失或梯度不是有限数时跳过这一步。"""
+
+    def __init__(self, trainer, stop):
+        self.trainer, self.stop, self.bar, self.bad_in_a_row = trainer, stop, None, 0
+        # 各进程商量用 CPU 上的通信组：不打断 GPU
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # disable=None：输出不是终端时不画进度条，只有逐行日志
-        self.bar = tqdm(total=state.max_steps, initial=self.start_step, unit="步", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="步",
+                        disable=None if RANK == 0 else True)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if torch.stack(torch._foreach_norm(gradients)).sum().isfinite():
+            self.bad_in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)            # 没有梯度，优化器就什么也不做
+        self.bad_in_a_row += 1
+        self.trainer.skipped_steps += 1
+        self.trainer.window_skipped += 1
+        tqdm.write(f"第 {state.global_step + 1} 步的损失或梯度不是有限数，跳过（共跳过 {self.trainer.skipped_steps} 步）")
+        # fp16 开头几步溢出是正常的：GradScaler 正在找合适的缩放倍数
+        if self.bad_in_a_row >= (20 if args.fp16 else 5):
+            raise UserError(f"连续 {self.bad_in_a_row} 步的损失或梯度不是有限数，停在第 {state.global_step} 步；之前的检查点完好。"
+                            f"把 --learning_rate {args.learning_rate:g} 减半，加 --fresh 重来；fp16 可换成 bf16 或 fp32")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
-        state.epoch = state.global_step / self.steps_per_epoch      # Trainer 把整个训练当成一遍，这里换回真正的遍数
-        if self.signal is not None:
+        # Trainer 把整个训练当成一遍，这里换回真正的遍数
+        state.epoch = state.global_step / self.trainer.run_config["steps_per_epoch"]
+        if self.stop.agree(self.trainer.reserve_seconds(), self.group):
             control.should_log = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
 
-def training_arguments(args, speed, work_dir, steps):
-    """命令行 -> Trainer 的参数。"""
+def training_arguments(args, speed, batch_size, steps):
+    """命令行 -> Trainer 的参数。batch_size 是每个进程的微批量。"""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", "/root/tf-logs" if Path("/root/tf-logs").is_dir() else
-                          str(work_dir / "tensorboard"))            # AutoDL 的面板读 /root/tf-logs
+                          str(args.work_dir / "tensorboard"))       # AutoDL 的面板读 /root/tf-logs
     result = TrainingArguments(
-        output_dir=str(work_dir / "checkpoints"), max_steps=steps, seed=args.seed,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.effective_batch_size // args.batch_size,
+        output_dir=str(args.work_dir / "checkpoints"), max_steps=steps, seed=args.seed,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=args.effective_batch_size // (batch_size * WORLD_SIZE),
+        ddp_find_unused_parameters=False,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_schedule,
         warmup_steps=round(steps * args.warmup_ratio), weight_decay=args.weight_decay,
         adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
-        optim="adamw_torch" if speed.optimizer == "muon" else speed.optimizer,
-        bf16=speed.precision == "bf16", fp16=speed.precision == "fp16", tf32=True if speed.tf32 else None,
-        torch_compile=speed.compile, use_cpu=speed.device == "cpu",
-        dataloader_num_workers=args.num_workers, dataloader_pin_memory=speed.device == "cuda",
+        optim="adamw_torch" if speed["optimizer"] == "muon" else speed["optimizer"],
+        bf16=speed["precision"] == "bf16", fp16=speed["precision"] == "fp16", tf32=speed["tf32"] or None,
+        torch_compile=speed["compile"], use_cpu=speed["device"] == "cpu",
+        dataloader_num_workers=args.num_workers, dataloader_pin_memory=speed["device"] == "cuda",
         remove_unused_columns=False, logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,                               # True 会让每个微批量都等 GPU 一次
         eval_strategy="steps", eval_steps=args.eval_steps, save_strategy="steps", save_steps=args.eval_steps,
@@ -859,37 +933,56 @@ def training_arguments(args, speed, work_dir, steps):
     return result
 
 
-def train(args, speed, work_dir, meta, config, checkpoint):
-    """训练到底（或被信号叫停），返回退出码。config 是要写进 config.json 的内容。"""
-    start_step = checkpoint_step(checkpoint) if checkpoint else 0
-    truncate_logs(work_dir, start_step if checkpoint else -1)
-    model = build_model(meta["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size, speed.attention,
-                        speed.liger, args.seed)
+def build_trainer(args, meta, config, checkpoint, batch_size):
+    """模型、数据、Trainer；同样的参数得到同样的东西。返回 GPT2Trainer。"""
+    speed, steps = config["speed"], config["total_steps"]
+    if RANK == 0:
+        truncate_logs(args.work_dir, checkpoint_step(checkpoint) if checkpoint else -1)
+    model = build_model(config["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size,
+                        speed["attention"], speed["liger"], args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    tokenizer = AutoTokenizer.from_pretrained(work_dir / "tokenizer")
-    steps = config["total_steps"]
-    dataset = BlockStream(work_dir / "packed" / "train.bin", args.block_size, steps * args.effective_batch_size,
-                          args.seed)
-    trainer = GPT2Trainer(model, training_arguments(args, speed, work_dir, steps), data_collator=pass_batch,
+    dataset = BlockStream(args.work_dir / "packed" / "train.bin", args.block_size,
+                          steps * args.effective_batch_size, args.seed)
+    trainer = GPT2Trainer(model, training_arguments(args, speed, batch_size, steps), data_collator=pass_batch,
                           train_dataset=dataset, eval_dataset=dataset)
     trainer.args.eval_on_start = checkpoint is None
-    trainer.setup(work_dir, config, meta, speed, start_step, tokenizer)
-    progress = Progress(start_step, config["steps_per_epoch"])
-    trainer.add_callback(progress)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError:
-        raise UserError(f"显存不够：--batch_size {args.batch_size} 放不下；改成 {max(1, args.batch_size // 2)} 再跑同一条命令"
-                        f"（有效批量不变，结果也不变）") from None
+    trainer.setup(args.work_dir, config, meta, checkpoint_step(checkpoint) if checkpoint else 0)
+    return trainer
+
+
+def train(args, meta, config, checkpoint):
+    """训练到底，或被信号、时限叫停；返回退出码。显存不够就把微批量减半，从停下的那一步接着来。"""
+    batch_size, stop = args.batch_size, StopRequest(args.max_hours)
+    while True:
+        trainer = build_trainer(args, meta, config, checkpoint, batch_size)
+        trainer.add_callback(Progress(trainer, stop))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            break
+        except torch.OutOfMemoryError:
+            if batch_size == 1 or batch_size % 2 or WORLD_SIZE > 1:
+                raise UserError(f"显存不够：微批量 {batch_size} 放不下。把 --batch_size 减半再跑同一条命令（结果不变）；"
+                                f"已经是 1 就加 --gradient_checkpointing，或减小 --block_size") from None
+            # 内存不够只会出在前向或反向，权重还是上一步的：原样存下来，一步也不丢
+            checkpoint = trainer.save_now() if trainer.state.global_step else None
+            if trainer.plot is not None:
+                trainer.plot.wait()
+        batch_size //= 2
+        print(f"显存不够：微批量减到 {batch_size}，梯度累积加倍，有效批量不变，"
+              f"从第 {checkpoint_step(checkpoint) if checkpoint else 0} 步接着训练")
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
     if trainer.plot is not None:
         trainer.plot.wait()
-    if progress.signal is not None and trainer.state.global_step < steps:
+    if trainer.state.global_step < config["total_steps"]:
         print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {shlex.join(sys.argv)}")
-        return 128 + progress.signal
-    save_final_model(work_dir, model, tokenizer)
-    print(f"完成。模型 {work_dir / 'final_model'}，曲线 {work_dir / 'loss_curve.png'}，"
-          f"续写 {work_dir / 'generation_samples.md'}")
+        return 0 if stop.reason == DEADLINE else 128 + stop.reason
+    if RANK == 0:
+        save_final_model(args.work_dir, trainer.model, trainer.tokenizer)
+    print(f"完成。模型 {args.work_dir / 'final_model'}，曲线 {args.work_dir / 'loss_curve.png'}，"
+          f"续写 {args.work_dir / 'generation_samples.md'}")
     return 0
 
 
@@ -902,7 +995,8 @@ def save_final_model(work_dir, model, tokenizer):
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(staging)
-        if not all(torch.equal(a.cpu(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)):
+        pairs = zip(model.parameters(), loaded.parameters(), strict=True)
+        if not all(torch.equal(trained.cpu(), read_back) for trained, read_back in pairs):
             raise UserError(f"{staging} 读回来的权重和训练的不一样；磁盘可能有问题，检查点仍在 checkpoints/")
         replace_directory(staging, work_dir / "final_model")
 
@@ -927,7 +1021,8 @@ def parse_arguments():
     group.add_argument("--n_head", type=count, help="注意力头数")
     group.add_argument("--block_size", type=count, help="上下文长度，token")
     group = parser.add_argument_group("训练")
-    group.add_argument("--batch_size", type=count, help="微批量：一次前向放多少块；显存不够就减半，结果不变")
+    group.add_argument("--batch_size", type=lambda text: text if text == "auto" else count(text),
+                       help="微批量：一次前向放多少块，或 auto；显存放不下会自动减半，不影响结果")
     group.add_argument("--effective_batch_size", type=count, help="有效批量：每步多少块（微批量 × 累积次数）")
     group.add_argument("--epochs", type=positive, help="遍数")
     group.add_argument("--max_steps", type=number(int, 0), help="步数；大于 0 时代替 --epochs")
@@ -936,13 +1031,15 @@ def parse_arguments():
     group.add_argument("--warmup_ratio", type=number(float, 0, 1), help="预热占总步数的比例")
     group.add_argument("--lr_schedule", choices=["cosine", "linear"], default="cosine", help="学习率曲线")
     group.add_argument("--weight_decay", type=number(float, 0), help="权重衰减，只作用于矩阵")
+    group.add_argument("--max_hours", type=positive, help="到这么多小时前存好检查点停下；再跑同一条命令接着来")
     group.add_argument("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
     group = parser.add_argument_group("速度（默认都是自动）")
     group.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="设备")
     group.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="精度")
-    group.add_argument("--attn", choices=["auto", "flash_attention_2", "sdpa", "eager"], default="auto", help="注意力")
-    group.add_argument("--optim", choices=["auto", "adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch", "muon"],
-                       default="auto", help="优化器")
+    group.add_argument("--attn", choices=["auto", "flash_attention_2", "sdpa", "eager"], default="auto",
+                       help="注意力的实现")
+    group.add_argument("--optim", default="auto", help="优化器",
+                       choices=["auto", "adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch", "muon"])
     group.add_argument("--compile", action=switch, help="torch.compile")
     group.add_argument("--tf32", action=switch, help="fp32 矩阵乘用 TF32")
     group.add_argument("--liger", action=switch, help="Liger 融合核（省显存）")
@@ -951,8 +1048,8 @@ def parse_arguments():
     group = parser.add_argument_group("日志")
     group.add_argument("--logging_steps", type=count, help="每多少步一行日志")
     group.add_argument("--eval_steps", type=count, help="每多少步验证、续写、存检查点")
-    group.add_argument("--report_to", choices=["none", "tensorboard", "swanlab", "trackio", "wandb"], default="none",
-                       help="同时记到哪个工具")
+    group.add_argument("--report_to", default="none", help="同时记到哪个工具",
+                       choices=["none", "tensorboard", "swanlab", "trackio", "wandb"])
     args = parser.parse_args()
     explicit = {"corpus": args.corpus, "vocab_size": args.vocab_size, "max_steps": args.max_steps}
     for key, value in PRESETS[args.preset].items():
@@ -965,9 +1062,11 @@ def check_arguments(args):
     """花时间之前先查能查的。"""
     if args.n_embd % args.n_head:
         raise UserError(f"--n_embd {args.n_embd} 不能被 --n_head {args.n_head} 整除；每个头的维数要相等")
-    if args.effective_batch_size % args.batch_size:
-        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size {args.batch_size} 的整数倍；"
-                        f"把 --batch_size 改成它的约数")
+    if args.batch_size == "auto":           # 从最大的试起，放不下再减半
+        args.batch_size = max(1, args.effective_batch_size // WORLD_SIZE)
+    if args.effective_batch_size % (args.batch_size * WORLD_SIZE):
+        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size {args.batch_size}"
+                        f" × {WORLD_SIZE} 个进程的整数倍；把 --batch_size 改成它的约数")
     if args.report_to != "none" and not installed(args.report_to):
         raise UserError(f"指定了 --report_to {args.report_to}，但没有装：pip install {args.report_to}")
 
@@ -976,7 +1075,7 @@ def recipe(args, speed):
     """决定模型结果的全部设置。接着训练时必须和检查点的一样；微批量、注意力、编译不在内。"""
     names = ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps",
              "learning_rate", "muon_learning_rate", "warmup_ratio", "lr_schedule", "weight_decay", "seed")
-    return {name: getattr(args, name) for name in names} | {"optim": speed.optimizer, "format": FORMAT}
+    return {name: getattr(args, name) for name in names} | {"optim": speed["optimizer"], "format": FORMAT}
 
 
 def check_same(old, new, checkpoint):
@@ -995,18 +1094,20 @@ def resolve(args, speed, meta):
                         f"或多加语料")
     with torch.device("meta"):           # 只数参数，不占内存
         parameters = build_model(meta["vocab_size"], args.n_layer, args.n_embd, args.n_head, args.block_size,
-                                 speed.attention, False, args.seed).num_parameters()
-    peak, peak_source = peak_flops(speed.device)
+                                 speed["attention"], False, args.seed).num_parameters()
+    peak, peak_source = peak_flops(speed["device"])
     held_out = meta["eval_sources"].values()
     return recipe(args, speed) | {
-        "corpus_hash": meta["corpus_hash"], "tokenizer_hash": meta["tokenizer_hash"], "vocab_size": meta["vocab_size"],
+        "corpus_hash": meta["corpus_hash"], "tokenizer_hash": meta["tokenizer_hash"],
+        "vocab_size": meta["vocab_size"], "n_blocks": n_blocks, "parameters": parameters,
         "total_steps": args.max_steps or math.ceil(args.epochs * n_blocks / args.effective_batch_size),
-        "steps_per_epoch": n_blocks / args.effective_batch_size, "n_blocks": n_blocks, "parameters": parameters,
+        "steps_per_epoch": n_blocks / args.effective_batch_size,
         "flops_per_token": flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size),
         "peak_flops": peak, "peak_source": peak_source, "unigram_entropy": meta["unigram_entropy"],
-        "characters_per_token": sum(s["characters"] for s in held_out) / sum(s["end"] - s["start"] for s in held_out),
-        "preset": args.preset, "batch_size": args.batch_size, "speed": vars(speed),
-        "device_name": torch.cuda.get_device_name() if speed.device == "cuda" else "CPU",
+        "characters_per_token": sum(source["characters"] for source in held_out)
+        / sum(source["end"] - source["start"] for source in held_out),
+        "preset": args.preset, "batch_size": args.batch_size, "speed": speed,
+        "device_name": torch.cuda.get_device_name() if speed["device"] == "cuda" else "CPU",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "transformers": transformers.__version__},
         "command": f"python {shlex.join(sys.argv)}"}
@@ -1022,18 +1123,64 @@ def print_summary(config, meta, checkpoint):
         "版本": f"torch {torch.__version__}，transformers {transformers.__version__}",
         "加速": f"注意力 {speed['attention']}，优化器 {speed['optimizer']}，compile {switch[speed['compile']]}，"
                 f"TF32 {switch[speed['tf32']]}，Liger {switch[speed['liger']]}",
-        "模型": f"{config['parameters']:,} 参数：{config['n_layer']} 层 × {config['n_embd']} 维，{config['n_head']} 头，"
-                f"词表 {config['vocab_size']:,}，上下文 {config['block_size']}",
-        "数据": f"{meta['train_tokens']:,} token = {config['n_blocks']:,} 块，每 token {config['characters_per_token']:.2f} 字",
+        "模型": f"{config['parameters']:,} 参数：{config['n_layer']} 层 × {config['n_embd']} 维，"
+                f"{config['n_head']} 头，词表 {config['vocab_size']:,}，上下文 {config['block_size']}",
+        "数据": f"{meta['train_tokens']:,} token = {config['n_blocks']:,} 块，"
+                f"每 token {config['characters_per_token']:.2f} 字",
         "每步": f"{config['effective_batch_size']} 块 × {config['block_size']} = {tokens_per_step:,} token"
-                f"（微批量 {config['batch_size']} × 累积 {config['effective_batch_size'] // config['batch_size']}）",
+                f"（微批量 {config['batch_size']} × 累积 "
+                f"{config['effective_batch_size'] // (config['batch_size'] * WORLD_SIZE)} × {WORLD_SIZE} 个进程）",
         "步数": f"{config['total_steps']:,}，即 {config['total_steps'] / config['steps_per_epoch']:.2f} 遍"
                 + (f"，从第 {checkpoint_step(checkpoint)} 步接着训练" if checkpoint else ""),
-        "时间": f"至少 {seconds / 60:.1f} 分钟（{config['peak_source']}每秒 {config['peak_flops'] / 1e12:.2f} T 次，利用率按 "
-                f"100% 算）；实际看日志的“剩余”",
+        "时间": f"至少 {seconds / 60:.1f} 分钟（{config['peak_source']}每秒 {config['peak_flops'] / 1e12:.2f} T 次，"
+                f"利用率按 100% 算）；实际看日志的“剩余”",
     }
     for title, value in rows.items():
         print(f"{title}  {value}")
+
+
+def lock_work_dir(work_dir):
+    """一个工作目录只许一个训练。返回的锁要一直留着，进程结束时自动放开。"""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"另一个训练正在使用 {work_dir}；等它结束，或换一个 --work_dir") from None
+    return lock
+
+
+def make_plan(args, explicit):
+    """准备数据，决定从哪里开始、用什么设置。返回 (meta, config, checkpoint)；没有可训练的就返回 None。"""
+    work_dir = args.work_dir
+    speed = None if args.prepare_only else choose_speed(
+        args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger,
+        demo=args.preset == "demo")
+    checkpoint = None if args.fresh else newest_checkpoint(work_dir / "checkpoints")
+    old = read_config(work_dir) if checkpoint else None
+    if checkpoint and speed:
+        check_same(old, recipe(args, speed), checkpoint)
+    prepare(work_dir, explicit["corpus"], args.text_column, explicit["vocab_size"], args.preset,
+            rebuild=checkpoint is None)
+    meta = pack(work_dir, args.seed)
+    if args.prepare_only:
+        print(f"数据准备好了：{meta['train_tokens']:,} 个训练 token。去掉 --prepare_only 再跑一次就开始训练")
+        return None
+    config = resolve(args, speed, meta)
+    if checkpoint:
+        check_same(old, {key: config[key] for key in ("corpus_hash", "tokenizer_hash", "total_steps")},
+                   checkpoint)
+        if checkpoint_step(checkpoint) == config["total_steps"] and (work_dir / "final_model").exists():
+            print(f"已经训练完了：{work_dir / 'final_model'}。要重新训练加 --fresh，要另训一个换 --work_dir")
+            return None
+    # 每个参数 4 字节权重、8 字节优化器状态；最多同时有三个检查点（两个旧的、一个正在写的），外加最终模型
+    check_disk(work_dir, config["parameters"] * (3 * 12 + 4), "检查点")
+    if args.fresh:
+        for name in ("checkpoints", "final_model"):
+            shutil.rmtree(work_dir / name, ignore_errors=True)
+    print_summary(config, meta, checkpoint)
+    write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
+    return meta, config, checkpoint
 
 
 def main():
@@ -1043,33 +1190,23 @@ def main():
     asked = args.prepare_only or args.preset == "demo" or explicit["max_steps"] or args.device != "auto"
     if not torch.cuda.is_available() and not asked:
         stop_without_cuda()
-    speed = None if args.prepare_only else choose_speed(
-        args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger, args.preset == "demo")
-    work_dir = args.work_dir
-    work_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(work_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"另一个训练正在使用 {work_dir}；等它结束，或换一个 --work_dir") from None
-    if args.fresh:
-        for name in ("checkpoints", "final_model"):
-            shutil.rmtree(work_dir / name, ignore_errors=True)
-    checkpoint = newest_checkpoint(work_dir / "checkpoints")
-    old = read_config(work_dir) if checkpoint else None
-    if checkpoint and speed:
-        check_same(old, recipe(args, speed), checkpoint)
-    prepare(work_dir, explicit["corpus"], args.text_column, explicit["vocab_size"], args.preset, checkpoint is None)
-    meta = pack(work_dir, args.seed)
-    if args.prepare_only:
-        print(f"数据准备好了：{meta['train_tokens']:,} 个训练 token。去掉 --prepare_only 再跑一次就开始训练")
+    if WORLD_SIZE > 1:      # 由 torchrun 启动：0 号进程准备数据、定下一切设置，别的进程等它，多久都行
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    plan = [None]
+    if RANK == 0:
+        lock = lock_work_dir(args.work_dir)         # noqa: F841 变量留着，锁就留着
+        plan = [make_plan(args, explicit)]
+    else:
+        sys.stdout = open(os.devnull, "w")          # 每行只打印一次
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(plan)
+        dist.destroy_process_group()                # Trainer 会按设备重新建（GPU 上是 NCCL）
+    if plan[0] is None:
         return 0
-    config = resolve(args, speed, meta)
-    if checkpoint:
-        check_same(old, {key: config[key] for key in ("corpus_hash", "tokenizer_hash", "total_steps")}, checkpoint)
-    print_summary(config, meta, checkpoint)
-    write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
-    return train(args, speed, work_dir, meta, config, checkpoint)
+    code = train(args, *plan[0])
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
