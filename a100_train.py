@@ -16,6 +16,7 @@
 """
 
 import argparse
+import errno
 import gc
 import hashlib
 import importlib.util
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -206,13 +208,15 @@ def write_text(path, text):
 
 
 def read_jsonl(path):
-    """读 JSON lines；最后一行可能因断电只写了一半，丢掉它。"""
+    """读 JSON lines；断电时只写了一半的行、别的程序写的行（没有 step）略过。"""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):             # 不用 splitlines()：续写里的 U+2028 也会被它当成换行
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            rows += [row] if row["step"] >= 0 else []
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
     return rows
 
 
@@ -405,8 +409,11 @@ def pack(work_dir, seed):
             return meta
         print(f"重新打包：{'语料、分词器或随机种子变了' if meta else packed.name + '/ 不完整'}")
     characters = sum(source.get("train_characters", 0) for source in corpus["sources"].values())
-    check_disk(work_dir, 4 * characters, "打包")       # 每 token 2 字节，打乱时有两份；token 不会比字多
-    sp = spm.SentencePieceProcessor(model_file=str(model_path))
+    check_disk(work_dir, 4 * characters, "打包")       # 每 token 2 字节，打乱时有两份；按一字一 token 估计
+    try:
+        sp = spm.SentencePieceProcessor(model_file=str(model_path))
+    except RuntimeError:
+        raise UserError(f"{model_path} 已损坏；删掉 tokenizer/ 后重跑（会重新运行 train_tokenizer.py）") from None
     lock, staging = open_output_directory(packed, "meta.json")
     with lock:
         try:
@@ -641,7 +648,7 @@ def write_samples(work_dir, step, eval_loss, samples):
                      {"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
     lines = ["# 训练途中的续写", "", "| 步 | 验证损失 | 续写（开头加粗） |", "|---:|---:|---|"]
     for row in read_jsonl(work_dir / "samples.jsonl"):
-        rest = row["text"].removeprefix(row["prompt"]).replace("|", "\\|").replace("\n", " ⏎ ")
+        rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
         lines.append(f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |")
     write_text(work_dir / "generation_samples.md", "\n".join(lines) + "\n")
 
@@ -671,7 +678,8 @@ def checkpoint_step(path):
 
 
 def sorted_checkpoints(folder):
-    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
 
 
 def newest_checkpoint(folder):
@@ -684,6 +692,19 @@ def newest_checkpoint(folder):
     return None
 
 
+@contextmanager
+def staged_save(staging):
+    """存盘失败时删掉半成品；torch 和 safetensors 把“磁盘写满”报成各种异常，这里统一成 OSError。"""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = shutil.disk_usage(staging.parent).free < 1 << 24 or "No space left" in str(error)
+        shutil.rmtree(staging, ignore_errors=True)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(staging.parent)) from None
+        raise
+
+
 def truncate_logs(work_dir, last_step):
     """丢掉检查点之后的日志：那几步要重新训练，每一步只留一行。"""
     for name in ("train_log.jsonl", "samples.jsonl"):
@@ -693,8 +714,9 @@ def truncate_logs(work_dir, last_step):
 
 def read_config(work_dir):
     try:
-        return json.loads((work_dir / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((work_dir / "config.json").read_text("utf-8"))
+        return {"format": config["format"], **config}            # 不是字典、不是我们写的，都在这里报错
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{work_dir} 里有检查点，但 config.json 没有了或坏了；换一个 --work_dir，或加 --fresh") from None
 
 
@@ -752,7 +774,10 @@ class GPT2Trainer(Trainer):
 
     def log(self, logs, start_time=None):
         """补上速度，写一行 train_log.jsonl，打印一行，再交给 Trainer（和 --report_to 的工具）。"""
-        step = self.state.global_step
+        step, loss = self.state.global_step, logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            raise UserError(f"第 {step} 步的损失是 {loss}：训练发散了。把 --learning_rate "
+                            f"{self.args.learning_rate:g} 改小，加 --fresh 从头开始")
         if "loss" in logs:
             now = time.perf_counter()
             seconds, steps = now - self.clock, step - self.clock_step
@@ -787,8 +812,8 @@ class GPT2Trainer(Trainer):
         metrics = evaluate(self.model, self.work_dir / "packed" / "eval.bin", self.meta["eval_sources"],
                            config["block_size"], min(config["batch_size"], 16), self.args.device)
         metrics = {key: round(value, 6) for key, value in metrics.items()}
-        samples = generate_samples(self.model, self.tokenizer, config["seed"], config["block_size"])
         self.log(dict(metrics))
+        samples = generate_samples(self.model, self.tokenizer, config["seed"], config["block_size"])
         if RANK == 0:
             write_samples(self.work_dir, step, metrics["eval_loss"], samples)
             self.plot = plot_curve(self.work_dir, self.plot)
@@ -811,10 +836,12 @@ class GPT2Trainer(Trainer):
             if RANK == 0:
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()             # 每个进程都存了自己的 rng_state
+            with staged_save(staging):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()         # 每个进程都存了自己的 rng_state
+                if RANK == 0:
+                    replace_directory(staging / final.name, final)
             if RANK == 0:
-                replace_directory(staging / final.name, final)
                 shutil.rmtree(staging, ignore_errors=True)
                 for old in sorted_checkpoints(folder)[:-2]:
                     shutil.rmtree(old)
@@ -989,15 +1016,15 @@ def train(args, meta, config, checkpoint):
 def save_final_model(work_dir, model, tokenizer):
     """写 final_model/：权重、配置、生成设置、分词器；再真的加载一遍，确认别人也能用。"""
     lock, staging = open_output_directory(work_dir / "final_model", "config.json")
-    with lock:
-        model.config.use_cache, model.config.pad_token_id = True, 0
+    with lock, staged_save(staging):
+        model.config.use_cache, model.config.pad_token_id = True, PAD
         model.generation_config = sampling_config(max_new_tokens=100)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(staging)
         pairs = zip(model.parameters(), loaded.parameters(), strict=True)
         if not all(torch.equal(trained.cpu(), read_back) for trained, read_back in pairs):
-            raise UserError(f"{staging} 读回来的权重和训练的不一样；磁盘可能有问题，检查点仍在 checkpoints/")
+            raise RuntimeError(f"{staging} 读回来的权重和训练的不一样：磁盘可能坏了，检查点仍在 checkpoints/")
         replace_directory(staging, work_dir / "final_model")
 
 
@@ -1012,14 +1039,14 @@ def parse_arguments():
     group.add_argument("--work_dir", type=Path, default=Path(default_dir), help="一切输出所在的文件夹")
     group.add_argument("--corpus", nargs="+", action="extend", metavar="SOURCE", help="见 prepare_corpus.py")
     group.add_argument("--text_column", help="文本所在的列")
-    group.add_argument("--vocab_size", type=count, help="词表大小")
+    group.add_argument("--vocab_size", type=number(int, 300, 65_536), help="词表大小")
     group.add_argument("--prepare_only", action="store_true", help="准备好数据就停，不需要显卡")
     group.add_argument("--fresh", action="store_true", help="丢掉已有的检查点和日志，从头训练")
     group = parser.add_argument_group("模型")
     group.add_argument("--n_layer", type=count, help="层数")
     group.add_argument("--n_embd", type=count, help="向量维数")
     group.add_argument("--n_head", type=count, help="注意力头数")
-    group.add_argument("--block_size", type=count, help="上下文长度，token")
+    group.add_argument("--block_size", type=number(int, 16), help="上下文长度，token")
     group = parser.add_argument_group("训练")
     group.add_argument("--batch_size", type=lambda text: text if text == "auto" else count(text),
                        help="微批量：一次前向放多少块，或 auto；显存放不下会自动减半，不影响结果")
@@ -1065,8 +1092,8 @@ def check_arguments(args):
     if args.batch_size == "auto":           # 从最大的试起，放不下再减半
         args.batch_size = max(1, args.effective_batch_size // WORLD_SIZE)
     if args.effective_batch_size % (args.batch_size * WORLD_SIZE):
-        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size {args.batch_size}"
-                        f" × {WORLD_SIZE} 个进程的整数倍；把 --batch_size 改成它的约数")
+        raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size "
+                        f"{args.batch_size} × {WORLD_SIZE} 个进程的整数倍；把 --batch_size 改成它的约数")
     if args.report_to != "none" and not installed(args.report_to):
         raise UserError(f"指定了 --report_to {args.report_to}，但没有装：pip install {args.report_to}")
 
@@ -1128,8 +1155,8 @@ def print_summary(config, meta, checkpoint):
         "数据": f"{meta['train_tokens']:,} token = {config['n_blocks']:,} 块，"
                 f"每 token {config['characters_per_token']:.2f} 字",
         "每步": f"{config['effective_batch_size']} 块 × {config['block_size']} = {tokens_per_step:,} token"
-                f"（微批量 {config['batch_size']} × 累积 "
-                f"{config['effective_batch_size'] // (config['batch_size'] * WORLD_SIZE)} × {WORLD_SIZE} 个进程）",
+                f"（微批量 "
+                f"{config['batch_size']} × {WORLD_SIZE} 个进程，其余靠梯度累积）",
         "步数": f"{config['total_steps']:,}，即 {config['total_steps'] / config['steps_per_epoch']:.2f} 遍"
                 + (f"，从第 {checkpoint_step(checkpoint)} 步接着训练" if checkpoint else ""),
         "时间": f"至少 {seconds / 60:.1f} 分钟（{config['peak_source']}每秒 {config['peak_flops'] / 1e12:.2f} T 次，"
@@ -1176,8 +1203,10 @@ def make_plan(args, explicit):
     # 每个参数 4 字节权重、8 字节优化器状态；最多同时有三个检查点（两个旧的、一个正在写的），外加最终模型
     check_disk(work_dir, config["parameters"] * (3 * 12 + 4), "检查点")
     if args.fresh:
-        for name in ("checkpoints", "final_model"):
-            shutil.rmtree(work_dir / name, ignore_errors=True)
+        shutil.rmtree(work_dir / "final_model", ignore_errors=True)
+    for path in sorted_checkpoints(work_dir / "checkpoints"):      # --fresh 不要的和不完整的，留着会占位置
+        if checkpoint is None or checkpoint_step(path) > checkpoint_step(checkpoint):
+            shutil.rmtree(path)
     print_summary(config, meta, checkpoint)
     write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
     return meta, config, checkpoint

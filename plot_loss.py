@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -25,15 +26,16 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 
 # 常见的中文字体；一个都没有就用英文标注，不会出现方框
-FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "PingFang SC",
-         "Hiragino Sans GB", "Heiti SC", "STHeiti", "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-         "Droid Sans Fallback", "Arial Unicode MS"]
+FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+         "PingFang SC", "Hiragino Sans GB", "Heiti SC", "STHeiti", "Microsoft YaHei", "SimHei",
+         "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS"]
 LABELS = {
     "zh": {"step": "步", "loss": "损失（nat / token）", "bits": "每字比特（bits per character）", "train": "训练损失",
            "eval": "验证损失", "uniform": "均匀瞎猜 ln V", "unigram": "只看词频", "epoch": "第 {} 遍结束",
            "title": "从零训练中文 GPT-2"},
-    "en": {"step": "step", "loss": "loss (nats / token)", "bits": "bits per character", "train": "training loss",
-           "eval": "held-out loss", "uniform": "uniform guess ln V", "unigram": "word frequencies only",
+    "en": {"step": "step", "loss": "loss (nats / token)", "bits": "bits per character",
+           "train": "training loss", "eval": "held-out loss", "uniform": "uniform guess ln V",
+           "unigram": "word frequencies only",
            "epoch": "end of epoch {}", "title": "Training a Chinese GPT-2 from scratch"},
 }
 
@@ -55,10 +57,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        for english, chinese in (("argument ", "参数 "), ("unrecognized arguments:", "不认识的参数："),
+        for english, chinese in (("ignored explicit argument", "不接受取值"), ("argument ", "参数 "),
+                                 ("unrecognized arguments:", "不认识的参数："),
                                  ("expected one argument", "后面要跟一个值"),
                                  ("expected at least one argument", "后面至少要跟一个值"),
-                                 ("ignored explicit argument", "不接受取值"),
                                  ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
             message = message.replace(english, chinese)
         print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
@@ -67,6 +69,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main):
     """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # 让 finally 里的清理有机会执行
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
@@ -76,7 +79,7 @@ def run(main):
     except OSError as error:
         full = error.errno == 28 or "No space left" in str(error)
         where = f"{error.filename}：" if error.filename else ""
-        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}"
+        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}；检查路径和权限"
     except KeyboardInterrupt:
         print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
         sys.exit(130)
@@ -101,17 +104,21 @@ def read_run(path):
         else:
             # 最后一行可能正写到一半，丢掉
             rows = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines() if line.strip()]
+        # 发散的训练会记下 NaN 和无穷，画不出来，略过；不是数的会在 isfinite 里报 TypeError
         train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        held_out = [(row["step"], row["eval_loss"], row.get("eval_bits_per_char")) for row in rows if "eval_loss" in row]
-        points = [value for row in train + held_out for value in row if value is not None]
-        assert all(isinstance(value, (int, float)) for value in points)
-    except (ValueError, KeyError, TypeError, AssertionError):
+        train = [point for point in train if all(map(math.isfinite, point))]
+        held_out = [(row["step"], row["eval_loss"], row.get("eval_bits_per_char"))
+                    for row in rows if "eval_loss" in row]
+        held_out = [(step, loss, bits) for step, loss, bits in held_out if math.isfinite(loss + (bits or 0))]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{log} 不是训练日志，或已损坏；给 train_log.jsonl 或 trainer_state.json") from None
     if not train and not held_out:
-        raise UserError(f"{log} 里还没有一个损失值；等训练打印第一行日志后再画")
+        raise UserError(f"{log} 里还没有一个能画的损失值；等训练打印第一行日志后再画")
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        config = {key: value for key, value in config.items()
+                  if isinstance(value, (int, float)) and value > 0}
+    except (OSError, ValueError, AttributeError):
         config = {}
     return {"name": folder.resolve().name, "train": train, "eval": held_out, "config": config}
 
@@ -158,11 +165,12 @@ def draw_run(axes, run, scale, color, labels, prefix):
         steps, losses = zip(*run["train"], strict=True)
         axes.plot(steps, [loss * scale for loss in losses], color=color, alpha=0.25, linewidth=0.8)
         steps, losses = zip(*smooth(run["train"], max(2, len(steps) // 40)), strict=True)
-        axes.plot(steps, [loss * scale for loss in losses], color=color, linewidth=1.8, label=prefix + labels["train"])
+        axes.plot(steps, [loss * scale for loss in losses], color=color, linewidth=1.8,
+                  label=prefix + labels["train"])
     if run["eval"]:
         steps, losses, _ = zip(*run["eval"], strict=True)
-        axes.plot(steps, [loss * scale for loss in losses], "o", color=color, markersize=5, markeredgecolor="white",
-                  label=prefix + labels["eval"], zorder=5)
+        axes.plot(steps, [loss * scale for loss in losses], "o", color=color, markersize=5,
+                  markeredgecolor="white", label=prefix + labels["eval"], zorder=5)
 
 
 def draw_references(axes, run, scale, labels):
@@ -172,14 +180,16 @@ def draw_references(axes, run, scale, labels):
                        ("unigram", config.get("unigram_entropy"))):
         if value:
             axes.axhline(value * scale, color="gray", linestyle=":", linewidth=1)
-            axes.annotate(f"{labels[key]} = {value * scale:.2f}", (1, value * scale), (-4, 3), color="dimgray", fontsize=9,
-                          xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+            axes.annotate(f"{labels[key]} = {value * scale:.2f}", (1, value * scale), (-4, 3), fontsize=9,
+                          color="dimgray", xycoords=("axes fraction", "data"), textcoords="offset points",
+                          ha="right")
     per_epoch = config.get("steps_per_epoch")
     if per_epoch and last / per_epoch <= 20:
         for epoch in range(1, int(last / per_epoch + 1e-6) + 1):
             axes.axvline(epoch * per_epoch, color="gray", linestyle="--", linewidth=0.8)
-            axes.annotate(labels["epoch"].format(epoch), (epoch * per_epoch, 0), (-3, 6), rotation=90, fontsize=8,
-                          xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", color="dimgray")
+            axes.annotate(labels["epoch"].format(epoch), (epoch * per_epoch, 0), (-3, 6), rotation=90,
+                          fontsize=8, color="dimgray", xycoords=("data", "axes fraction"),
+                          textcoords="offset points", ha="right")
 
 
 def draw(runs, output, language):
@@ -196,29 +206,33 @@ def draw(runs, output, language):
             step, loss, bits = run["eval"][-1]
             text = f"{loss:.2f}" + (f"（{bits:.2f} bits/char）" if bits and language == "zh" else
                                     f" ({bits:.2f} bits/char)" if bits else "")
-            axes.annotate(text, (step, loss * scale), (-6, 10 + 12 * i), textcoords="offset points", ha="right",
-                          color=f"C{i}", fontsize=10)
+            axes.annotate(text, (step, loss * scale), (-6, 10 + 12 * i), textcoords="offset points",
+                          ha="right", color=f"C{i}", fontsize=10)
     if len(runs) == 1:
         draw_references(axes, runs[0], 1, labels)
     if factors[0] and not by_bits:
         second = axes.secondary_yaxis("right", functions=(lambda y: y * factors[0], lambda y: y / factors[0]))
         second.set_ylabel(labels["bits"])
-    axes.set(xlabel=labels["step"], ylabel=labels["bits"] if by_bits else labels["loss"], title=labels["title"])
+    axes.set(xlabel=labels["step"], ylabel=labels["bits" if by_bits else "loss"], title=labels["title"])
     axes.margins(x=0.02)
     axes.grid(alpha=0.2)
     axes.legend(loc="upper center", frameon=False, ncols=2 if len(runs) == 1 else 1)
     figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(output)             # 训练中反复重画：看图的人不会看到半张
-    plt.close(figure)
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(output)             # 训练中反复重画：看图的人不会看到半张
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
 
 
 def main():
     parser = ArgumentParser(description="第 4 步：画损失曲线", allow_abbrev=False)
     default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN_DIR|LOG", help=f"训练目录或日志（默认 {default_dir}）")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN_DIR|LOG",
+                        help=f"训练目录或日志（默认 {default_dir}）")
     parser.add_argument("--output", type=Path, default=Path("loss_curve.png"), help="图片写到哪里")
     parser.add_argument("--language", choices=["auto", "zh", "en"], default="auto", help="标注的语言")
     args = parser.parse_args()
@@ -228,6 +242,9 @@ def main():
     if args.language == "zh" and language == "en":
         raise UserError("没有找到中文字体；装一个（如 apt-get install fonts-wqy-microhei），或用 --language en")
     runs = [read_run(path) for path in args.runs or [Path(default_dir)]]
+    for i, run_ in enumerate(runs, 1):
+        if language == "en" and not run_["name"].isascii():
+            run_["name"] = f"run {i}"             # 没有中文字体，中文的目录名会画成方框
     draw(runs, args.output, "en" if args.language == "en" else language)
     print(f"写好 {args.output}（{'、'.join(run['name'] for run in runs)}）")
 

@@ -16,6 +16,7 @@
 """
 
 import argparse
+import codecs
 import csv
 import glob
 import gzip
@@ -28,6 +29,7 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -67,10 +69,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        for english, chinese in (("argument ", "参数 "), ("unrecognized arguments:", "不认识的参数："),
+        for english, chinese in (("ignored explicit argument", "不接受取值"), ("argument ", "参数 "),
+                                 ("unrecognized arguments:", "不认识的参数："),
                                  ("expected one argument", "后面要跟一个值"),
                                  ("expected at least one argument", "后面至少要跟一个值"),
-                                 ("ignored explicit argument", "不接受取值"),
                                  ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
             message = message.replace(english, chinese)
         print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
@@ -92,6 +94,7 @@ def number(kind, low, high=1e18):
 
 def run(main):
     """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # 让 finally 里的清理有机会执行
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
@@ -101,7 +104,7 @@ def run(main):
     except OSError as error:
         full = error.errno == 28 or "No space left" in str(error)
         where = f"{error.filename}：" if error.filename else ""
-        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}"
+        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}；检查路径和权限"
     except KeyboardInterrupt:
         print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
         sys.exit(130)
@@ -143,25 +146,39 @@ def open_output_directory(final, marker="report.json"):
 
 # ==== 1. 读取来源 ====
 
+def common_share(text):
+    """文字里 ASCII、标点和常用汉字（GB2312 一级，3,755 个）占的比例；用错编码读出来的多是生僻字，比例很低。"""
+    sample = text[:20_000]
+    encoded = [character.encode("gb2312", "ignore") for character in sample]
+    good = sum(len(code) == 1 and code >= b"\t" or code[:1] in (b"\xa1", b"\xa3")
+               or b"\xb0" <= code[:1] <= b"\xd7" for code in encoded)
+    return good / max(1, len(sample))
+
+
 def find_encoding(path):
-    """认出文本文件的编码：看 BOM，没有就依次试 UTF-8、GB18030（中文小说常用）。"""
+    """认出文本文件的编码：看 BOM，再试 UTF-8；都不是，就在 GB18030（中文小说常用）和 UTF-16 里挑读出来最像中文的。"""
     with open_binary(path) as file:
         head = file.read(1 << 20)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             return "utf-16"
-        if head[1:2] == b"\0" and head[3:4] == b"\0" or head[:1] == b"\0" and head[2:3] == b"\0":
-            return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
-        while head.isascii() and (more := file.read(1 << 20)):
+        while head.isascii() and b"\0" not in head and (more := file.read(1 << 20)):
             head = more                              # 开头全是英文时，往后找第一段非 ASCII
-    for encoding in ("utf-8-sig", "gb18030"):
-        try:
-            # 最后几个字节可能切断一个字：去掉它们再试
-            head[:-4 if len(head) >= 1 << 20 else None].decode(encoding, "strict")
-            return encoding
+    shares = {}
+    for encoding in ("utf-8-sig", "gb18030", "utf-16-le", "utf-16-be"):
+        try:     # 开头可能切断一个字：没读到文件末尾时不算错
+            text = codecs.getincrementaldecoder(encoding)("strict").decode(head, final=len(head) < 1 << 20)
         except UnicodeDecodeError as error:
-            if len(head) >= 1 << 20 and len(head) - error.start < 12:
-                return encoding
-    raise UserError(f"{path} 认不出编码：不是 UTF-8、UTF-16 也不是 GB18030；请先转成 UTF-8")
+            high = len(head.translate(None, bytes(range(128))))          # 非 ASCII 的字节数
+            if encoding == "utf-8-sig" and head.decode("utf-8", "replace").count("\ufffd") * 10 < high:
+                raise UserError(f"{path} 不是正确的 UTF-8：第 {error.start} 字节是坏的；请修好它，或删掉那一行") from None
+            continue
+        if encoding == "utf-8-sig" and text.count("\0") * 4 <= len(text):
+            return encoding
+        shares[encoding] = common_share(text)
+    best = max(shares, key=shares.get, default=None)
+    if best is None or shares[best] < 0.5:
+        raise UserError(f"{path} 认不出编码：不像 UTF-8、UTF-16 或 GB18030 的中文；请先转成 UTF-8")
+    return best
 
 
 def open_binary(path):
@@ -180,36 +197,31 @@ def open_text(path):
 
 def json_array(file, path):
     """逐个取出一个 JSON 数组的元素，不把整个文件读进内存（维基的 .json 有 520 MB）。"""
-    decoder, buffer, position = json.JSONDecoder(), "", 0
+    decoder, buffer, position = json.JSONDecoder(), file.read(64).lstrip()[1:], 0      # [1:] 去掉开头的 [
     while True:
         more = file.read(1 << 20)
         buffer, position = buffer[position:] + more, 0
         while True:
-            start = re.compile(r"[\s,\[]*").match(buffer, position).end()
+            start = re.compile(r"[\s,]*").match(buffer, position).end()
             if buffer.startswith("]", start):
+                if rest := (buffer[start + 1:] + file.read(1 << 20)).strip():
+                    raise UserError(f"{path} 的数组结束以后还有内容：{rest[:40]!r}；请分成几个文件")
                 return
             try:
                 row, position = decoder.raw_decode(buffer, start)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 if not more:
-                    raise UserError(f"{path} 不是完整的 JSON：{error.msg}，{buffer[start:start + 40]!r} 附近") from None
+                    raise UserError(f"{path} 不是完整的 JSON（{getattr(error, 'msg', error)}）："
+                                    f"{buffer[start:start + 40]!r} 附近；请修好它") from None
                 break                                # 这个元素还没读全
             yield row
 
 
-def split_novel(text):
-    """把太长的纯文本在行尾切成约 4,000 字符的段；一行本身太长时硬切。返回字符串列表。"""
-    if len(text) <= TXT_LIMIT:
+def cut(text, limit):
+    """把长文本切成不超过 limit 个字符的段，尽量在行尾切；接起来与原文一字不差。"""
+    if len(text) <= limit:
         return [text]
-    pieces, size = [[]], 0
-    for line in text.splitlines(keepends=True):
-        for start in range(0, len(line), TXT_LIMIT):
-            if size >= TXT_PIECE:
-                pieces.append([])
-                size = 0
-            pieces[-1].append(line[start:start + TXT_LIMIT])
-            size += len(pieces[-1][-1])
-    return ["".join(piece) for piece in pieces]
+    return re.findall(rf"[\s\S]{{0,{limit - 1}}}(?:\n|\S\Z)|[\s\S]{{1,{limit}}}", text)
 
 
 def read_rows(path):
@@ -220,23 +232,27 @@ def read_rows(path):
         for batch in pq.ParquetFile(source).iter_batches(1000):
             yield from ((str(path), row) for row in batch.to_pylist())
         return
+    if kind == ".json":                              # 一个数组，还是其实一行一个对象；zstd 的流不能倒回去，所以另开一次
+        with open_text(path) as file:
+            kind = "array" if file.read(64).lstrip().startswith("[") else ".jsonl"
     with open_text(path) as file:
         if kind == ".txt":
-            yield from ((str(path), {"text": piece}) for piece in split_novel(file.read()))
+            text = file.read()
+            pieces = cut(text, TXT_PIECE) if len(text) > TXT_LIMIT else [text]
+            yield from ((str(path), piece) for piece in pieces)
         elif kind == ".csv":
             csv.field_size_limit(1 << 30)
             yield from ((f"{path} 第 {i} 行", row) for i, row in enumerate(csv.DictReader(file), 2))
-        elif kind == ".json" and file.read(64).lstrip().startswith("["):
-            file.seek(0)
+        elif kind == "array":
             yield from ((f"{path} 第 {i} 项", row) for i, row in enumerate(json_array(file, path), 1))
         else:
-            file.seek(0)
             for number_, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         yield f"{path} 第 {number_} 行", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{path} 第 {number_} 行不是 JSON（{error.msg}）：{line[:40]!r}") from None
+                    except (ValueError, RecursionError) as error:
+                        raise UserError(f"{path} 第 {number_} 行不是 JSON（{getattr(error, 'msg', error)}）："
+                                        f"{line[:40]!r}；请修好或删掉这一行") from None
 
 
 def read_demo():
@@ -267,21 +283,23 @@ def read_hub(name):
 
 
 def row_text(row, where, text_column):
-    """从一行里取出文本：--text_column 指定的列，否则 text、completion、INSTRUCTION + RESPONSE。"""
-    row = {"text": row} if isinstance(row, str) else row
+    """从一行里取出文本：--text_column 指定的列，没有就依次找 text、completion、INSTRUCTION + RESPONSE。"""
+    if isinstance(row, str):
+        return row
     if not isinstance(row, dict):
-        raise UserError(f"{where} 既不是对象也不是字符串：{str(row)[:40]!r}")
+        raise UserError(f"{where} 既不是对象也不是字符串：{str(row)[:40]!r}；" '要像 {"text": "……"}')
     for column in (text_column, "text", "completion"):
-        if column is not None and column in row:
+        if column and column in row:
             value = row[column]
             break
     else:
         if not ("INSTRUCTION" in row and "RESPONSE" in row):
             columns = "、".join(map(str, row))
-            raise UserError(f"{where} 没有文本列，只有 {columns}；用 --text_column 指明哪一列是文本")
+            raise UserError(f"{where} 没有文本列 {text_column or 'text'}，只有 {columns}；"
+                            f"用 --text_column 指明哪一列是文本")
         value = f"{row['INSTRUCTION'] or ''}\n{row['RESPONSE'] or ''}"
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where} 的文本列不是字符串：{str(value)[:40]!r}")
+        raise UserError(f"{where} 的文本列不是字符串：{str(value)[:40]!r}；用 --text_column 指明文本列")
     return value or ""
 
 
@@ -292,16 +310,16 @@ def parse_source(spec):
     name, equals, path = spec.partition("=")
     if not equals or "/" in name or "\\" in name:
         name, path = "", spec
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     supported = [kind + packed for kind in KINDS for packed in ("", *PACKED)]
-    if folder.is_dir():
+    if path and folder.is_dir():
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.endswith(tuple(supported))]
     else:
         files = [Path(p) for p in sorted(glob.glob(str(folder), recursive=True))] or [folder]
         for file in files:
             if not file.is_file():
                 builtin = "、".join([*HUB, "demo"])
-                raise UserError(f"找不到语料 {path}；写文件、文件夹或通配符，内置来源有 {builtin}")
+                raise UserError(f"找不到语料 {spec!r}；写文件、文件夹或通配符，内置来源有 {builtin}")
             if not file.name.endswith(tuple(supported)):
                 raise UserError(f"不认识 {file} 的格式；支持 {' '.join(KINDS)}，以及它们的 {' '.join(PACKED)}")
     if not files:
@@ -317,11 +335,16 @@ def read_source(name, files, text_column):
         return
     for path in files or [None]:
         try:
+            told = False
             for where, row in read_hub(name) if path is None else read_rows(path):
-                yield name, row_text(row, where, text_column)
+                text = row_text(row, where, text_column)
+                if text_column and not told and isinstance(row, dict) and text_column not in row:
+                    print(f"{where} 没有 {text_column} 列，用默认的文本列")
+                    told = True
+                yield name, text
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} 不是正确的 {error.encoding}，第 {error.start} 字节附近；请先转成 UTF-8") from None
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, csv.Error, pa.ArrowException) as error:
+            raise UserError(f"{path} 不是正确的 {error.encoding}，里面有坏字节；请修好它，或转成 UTF-8") from None
+        except (EOFError, lzma.LZMAError, zlib.error, csv.Error, pa.ArrowException) as error:
             raise UserError(f"{path} 已损坏或没下载完（{error}）；请重新下载") from None
         except OSError as error:
             if path is None or error.errno not in (None, 5):
@@ -461,7 +484,8 @@ def check_counts(counts):
 
 def source_key(sources, text_column):
     """来源和设置的指纹（文件只看名字、大小、修改时间）；没变就不用重做。"""
-    stats = [[name, [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files or []]] for name, files in sources]
+    stats = [[name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]]
+             for name, files in sources]
     return hashlib.blake2b(json.dumps([FORMAT, stats, text_column]).encode(), digest_size=16).hexdigest()
 
 
@@ -469,7 +493,8 @@ def reason_to_rebuild(output_dir, key):
     """已有的语料能直接用就返回 None，否则返回一句为什么。"""
     try:
         report = json.loads((output_dir / "report.json").read_text("utf-8"))
-        broken = [name for name, size in report["files"].items() if (output_dir / name).stat().st_size != size]
+        broken = [name for name, size in report["files"].items()
+                  if (output_dir / name).stat().st_size != size]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{output_dir} 不完整"
     if broken:
@@ -479,7 +504,8 @@ def reason_to_rebuild(output_dir, key):
 
 def main():
     parser = ArgumentParser(description="第 1 步：整理语料", allow_abbrev=False)
-    parser.add_argument("--corpus", nargs="+", action="extend", metavar="SOURCE", help="来源：wiki zhihu demo 或 [名字=]路径")
+    parser.add_argument("--corpus", nargs="+", action="extend", metavar="SOURCE",
+                        help="来源：wiki zhihu demo 或 [名字=]路径")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="没写 --corpus 时用哪些来源")
     parser.add_argument("--text_column", help="文本所在的列（默认依次找 text、completion、INSTRUCTION+RESPONSE）")
     parser.add_argument("--output_dir", type=Path, default=Path("gpt2-chinese/corpus"), help="写到哪里")

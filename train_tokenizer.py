@@ -13,15 +13,14 @@
 """
 
 import argparse
-import bisect
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -64,10 +63,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        for english, chinese in (("argument ", "参数 "), ("unrecognized arguments:", "不认识的参数："),
+        for english, chinese in (("ignored explicit argument", "不接受取值"), ("argument ", "参数 "),
+                                 ("unrecognized arguments:", "不认识的参数："),
                                  ("expected one argument", "后面要跟一个值"),
                                  ("expected at least one argument", "后面至少要跟一个值"),
-                                 ("ignored explicit argument", "不接受取值"),
                                  ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
             message = message.replace(english, chinese)
         print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
@@ -89,6 +88,7 @@ def number(kind, low, high=1e18):
 
 def run(main):
     """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # 让 finally 里的清理有机会执行
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
@@ -98,7 +98,7 @@ def run(main):
     except OSError as error:
         full = error.errno == 28 or "No space left" in str(error)
         where = f"{error.filename}：" if error.filename else ""
-        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}"
+        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}；检查路径和权限"
     except KeyboardInterrupt:
         print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
         sys.exit(130)
@@ -149,7 +149,9 @@ def iter_corpus(corpus_dir, split):
         try:
             for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text", "source"]):
                 yield from zip(batch["text"].to_pylist(), batch["source"].to_pylist(), strict=True)
-        except (pa.ArrowException, KeyError) as error:
+        except (pa.ArrowException, KeyError, OSError) as error:
+            if getattr(error, "errno", None):            # 真的读不了（没有权限……），不是内容坏了
+                raise
             raise UserError(f"{path} 已损坏（{error}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py") from None
 
 
@@ -158,7 +160,7 @@ def read_report(folder, name="report.json"):
     try:
         report = json.loads((Path(folder) / name).read_text("utf-8"))
         complete = all((Path(folder) / file).stat().st_size == size for file, size in report["files"].items())
-        return report if complete else {}
+        return report if complete and report["corpus_hash"] else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -220,7 +222,8 @@ def train_sentencepiece(lines, vocab_size, coverage, threads):
             add_dummy_prefix=False,                  # 不在开头加空格
             remove_extra_whitespaces=False,          # 不合并连续空格
             required_chars="\u2581",                   # 空格总要有自己的词块，语料里没有空格也一样
-            pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", seed_sentencepiece_size=min(1_000_000, 10 * vocab_size),
+            pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>",
+            seed_sentencepiece_size=min(1_000_000, 10 * vocab_size),     # 候选词块；默认 100 万，小词表用不着
             max_sentence_length=LINE_LIMIT * 4 + 1, num_threads=threads, minloglevel=2)
     except RuntimeError as error:
         if found := re.search(r"set it to a value <= (\d+)", str(error)):
@@ -319,15 +322,15 @@ def main():
         try:
             lines = sample_lines(args.corpus_dir, args.max_lines, args.seed)
             lines, coverage = limit_characters(lines, vocab_size, args.character_coverage)
-            model = train_sentencepiece(lines, vocab_size, max(coverage, args.character_coverage), args.threads)
+            model = train_sentencepiece(lines, vocab_size, args.character_coverage, args.threads)
             (staging / "sentencepiece.model").write_bytes(model)
             fast = convert(model)
             check = self_check(spm.SentencePieceProcessor(model_proto=model), fast, args.corpus_dir)
             print_check(check)
             fast.save_pretrained(staging)
             files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-            report = {"format": FORMAT, "key": key, "corpus_hash": corpus["corpus_hash"], "vocab_size": vocab_size,
-                      "character_coverage": coverage, **check, "files": files}
+            report = {"format": FORMAT, "key": key, "corpus_hash": corpus["corpus_hash"],
+                      "vocab_size": vocab_size, "character_coverage": coverage, **check, "files": files}
             (staging / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
             replace_directory(staging, args.output_dir)
         finally:

