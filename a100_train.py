@@ -62,6 +62,7 @@ from transformers.trainer_pt_utils import safe_globals
 FORMAT = 1                           # 工作目录的格式版本
 START = time.time()                  # --max_hours 从这里算起
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun 设的
+LAUNCHER = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if WORLD_SIZE > 1 else "python"
 DEADLINE = 1                         # “到时间了”，与信号编号（SIGINT 2、SIGTERM 15）放在一起比较
 PRESETS = {
     "full": dict(corpus=["wiki", "zhihu"], vocab_size=32_000,
@@ -69,10 +70,11 @@ PRESETS = {
                  batch_size=48, effective_batch_size=96,          # 48 × 2 × 1,024 = 98,304 token/步
                  epochs=2.0, max_steps=0, learning_rate=3e-4, warmup_ratio=0.05, weight_decay=0.1,
                  logging_steps=10, eval_steps=500),
-    "demo": dict(corpus=["demo"], vocab_size=3_000, n_layer=2, n_embd=128, n_head=4, block_size=64,
-                 batch_size=16, effective_batch_size=16,          # 16 × 64 = 1,024 token/步
-                 epochs=1.0, max_steps=2000, learning_rate=3e-3, warmup_ratio=0.05, weight_decay=0.1,
-                 logging_steps=20, eval_steps=250),
+    # 演示：在两个慢核上几分钟学得最多的一组，比较过的都在 results/demo_recipe.md
+    "demo": dict(corpus=["demo"], vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64,
+                 batch_size=32, effective_batch_size=32,          # 32 × 64 = 2,048 token/步
+                 epochs=1.0, max_steps=1350, learning_rate=1.6e-2, warmup_ratio=0.05, weight_decay=0.1,
+                 logging_steps=10, eval_steps=225),
 }
 REFERENCE_TOKENS = 11_838 * 98_304   # 公开参考的训练量，约 11.6 亿 token；只用来估算时间
 PAD, BOS, EOS = 0, 2, 3               # 特殊 token 的编号，与 train_tokenizer.py 一致
@@ -314,13 +316,21 @@ def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger,
 
 # ==== 2. 切分与打包 ====
 
-def run_script(name, arguments):
-    """以子进程运行旁边的脚本；它失败就跟着退出（它自己已经打印了那一行错误）。"""
+def run_script(name, arguments, output):
+    """以子进程运行旁边的脚本，它写 output；它失败就跟着退出（它自己已经打印了那一行错误）。"""
     script = Path(__file__).with_name(name)
     if not script.exists():
         raise UserError(f"缺少 {script.name}：请把它放在 {Path(__file__).name} 旁边，或先准备好它的输出")
+    lock = filelock.FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:                 # 训练被强行杀掉，它的子进程还活着：等它写完，正好拿来用
+        print(f"另一个进程正在写 {output}，等它结束")
+        lock.acquire()
+    lock.release()
     print(f"── 运行 {name}")
-    code = subprocess.run([sys.executable, str(script), *map(str, arguments)]).returncode
+    command = [sys.executable, str(script), *map(str, arguments), "--output_dir", str(output)]
+    code = subprocess.run(command).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
@@ -330,14 +340,13 @@ def prepare(work_dir, corpus, text_column, vocab_size, preset, rebuild):
     flag = ["--rebuild" if rebuild else "--no-rebuild"]
     if corpus or not read_report(work_dir / "corpus"):
         column = ["--text_column", text_column] if text_column else []
-        run_script("prepare_corpus.py", ["--corpus", *(corpus or PRESETS[preset]["corpus"]), *column, *flag,
-                                         "--output_dir", work_dir / "corpus"])
+        run_script("prepare_corpus.py", ["--corpus", *(corpus or PRESETS[preset]["corpus"]), *column, *flag],
+                   work_dir / "corpus")
     tokenizer = read_report(work_dir / "tokenizer")
     fits = tokenizer.get("corpus_hash") == read_report(work_dir / "corpus").get("corpus_hash")
     if not fits or vocab_size not in (None, tokenizer["vocab_size"]):
         run_script("train_tokenizer.py", ["--vocab_size", vocab_size or PRESETS[preset]["vocab_size"], *flag,
-                                          "--corpus_dir", work_dir / "corpus",
-                                          "--output_dir", work_dir / "tokenizer"])
+                                          "--corpus_dir", work_dir / "corpus"], work_dir / "tokenizer")
 
 
 def cut(text, limit):
@@ -791,10 +800,11 @@ class GPT2Trainer(Trainer):
                      "elapsed_seconds": round(self.elapsed, 2)}
             row = {"step": step, "epoch": round(step / self.run_config["steps_per_epoch"], 4)}
             row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second",
-                                               "mfu", "elapsed_seconds") if key in logs}
+                                               "mfu", "elapsed_seconds")
+                    if math.isfinite(logs.get(key, math.nan))}       # JSON 里不能有 NaN
             if self.skipped_steps:
                 row["skipped_steps"] = self.skipped_steps
-            tqdm.write(progress_line(row, self.state.max_steps, self.tokens_per_step))
+            tqdm.write(progress_line(row, self.state.max_steps, self.tokens_per_step, self.price_per_hour))
             usual = sum(self.recent_losses[-10:]) / 10
             if len(self.recent_losses) >= 10 and row["loss"] > usual + 0.5:
                 row["spike"] = True
@@ -850,13 +860,14 @@ class GPT2Trainer(Trainer):
         self.clock += self.save_seconds
 
 
-def progress_line(row, max_steps, tokens_per_step):
+def progress_line(row, max_steps, tokens_per_step, price_per_hour):
     speed = row["tokens_per_second"]
     left = (max_steps - row["step"]) * tokens_per_step / speed
     left = f"{left / 3600:.1f} 小时" if left > 5400 else f"{left / 60:.0f} 分钟" if left > 90 else f"{left:.0f} 秒"
     speed = f"{speed / 1000:.0f}k" if speed > 10_000 else f"{speed / 1000:.1f}k"
     return (f"步 {row['step']}/{max_steps} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | "
-            f"{speed} tok/s | MFU {row['mfu']:.0%} | 剩余 {left}")
+            f"{speed} tok/s | MFU {row['mfu']:.0%} | 剩余 {left}"
+            + (f" | 已花 {(time.time() - START) / 3600 * price_per_hour:.2f} 元" if price_per_hour else ""))
 
 
 def plot_curve(work_dir, previous):
@@ -975,6 +986,7 @@ def build_trainer(args, meta, config, checkpoint, batch_size):
                           train_dataset=dataset, eval_dataset=dataset)
     trainer.args.eval_on_start = checkpoint is None
     trainer.setup(args.work_dir, config, meta, checkpoint_step(checkpoint) if checkpoint else 0)
+    trainer.price_per_hour = args.price_per_hour
     return trainer
 
 
@@ -1004,12 +1016,16 @@ def train(args, meta, config, checkpoint):
     if trainer.plot is not None:
         trainer.plot.wait()
     if trainer.state.global_step < config["total_steps"]:
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {shlex.join(sys.argv)}")
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{LAUNCHER} {shlex.join(sys.argv)}")
         return 0 if stop.reason == DEADLINE else 128 + stop.reason
     if RANK == 0:
         save_final_model(args.work_dir, trainer.model, trainer.tokenizer)
+        if trainer.plot is None and (plot := plot_curve(args.work_dir, None)):
+            plot.wait()                      # 上次只差收尾就被打断了，图没有画完
     print(f"完成。模型 {args.work_dir / 'final_model'}，曲线 {args.work_dir / 'loss_curve.png'}，"
           f"续写 {args.work_dir / 'generation_samples.md'}")
+    if args.shutdown_when_done and RANK == 0:
+        subprocess.run(["shutdown"])
     return 0
 
 
@@ -1075,6 +1091,9 @@ def parse_arguments():
     group = parser.add_argument_group("日志")
     group.add_argument("--logging_steps", type=count, help="每多少步一行日志")
     group.add_argument("--eval_steps", type=count, help="每多少步验证、续写、存检查点")
+    group.add_argument("--price_per_hour", type=number(float, 0), help="机器每小时多少元：日志里带上已花的钱")
+    group.add_argument("--shutdown_when_done", action="store_true",
+                       help="最终模型存好、验过以后关机（AutoDL 关机即停止计费）")
     group.add_argument("--report_to", default="none", help="同时记到哪个工具",
                        choices=["none", "tensorboard", "swanlab", "trackio", "wandb"])
     args = parser.parse_args()
@@ -1094,6 +1113,8 @@ def check_arguments(args):
     if args.effective_batch_size % (args.batch_size * WORLD_SIZE):
         raise UserError(f"--effective_batch_size {args.effective_batch_size} 不是 --batch_size "
                         f"{args.batch_size} × {WORLD_SIZE} 个进程的整数倍；把 --batch_size 改成它的约数")
+    if args.shutdown_when_done and not shutil.which("shutdown"):
+        raise UserError("指定了 --shutdown_when_done，但这台机器没有 shutdown 命令；去掉这个参数")
     if args.report_to != "none" and not installed(args.report_to):
         raise UserError(f"指定了 --report_to {args.report_to}，但没有装：pip install {args.report_to}")
 
@@ -1137,7 +1158,7 @@ def resolve(args, speed, meta):
         "device_name": torch.cuda.get_device_name() if speed["device"] == "cuda" else "CPU",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "transformers": transformers.__version__},
-        "command": f"python {shlex.join(sys.argv)}"}
+        "command": f"{LAUNCHER} {shlex.join(sys.argv)}"}
 
 
 def print_summary(config, meta, checkpoint):
@@ -1204,35 +1225,46 @@ def make_plan(args, explicit):
     check_disk(work_dir, config["parameters"] * (3 * 12 + 4), "检查点")
     if args.fresh:
         shutil.rmtree(work_dir / "final_model", ignore_errors=True)
+    shutil.rmtree(work_dir / "checkpoints" / ".staging", ignore_errors=True)      # 存到一半被杀留下的
     for path in sorted_checkpoints(work_dir / "checkpoints"):      # --fresh 不要的和不完整的，留着会占位置
-        if checkpoint is None or checkpoint_step(path) > checkpoint_step(checkpoint):
+        if path != checkpoint and (checkpoint is None or checkpoint_step(path) > checkpoint_step(checkpoint)
+                                   or checkpoint_problem(path)):
             shutil.rmtree(path)
     print_summary(config, meta, checkpoint)
     write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
     return meta, config, checkpoint
 
 
+def receive_plan(store):
+    """由 torchrun 启动时，0 号进程准备数据、定下一切设置，别的进程在这里等；等多久都行，也随时叫得停。
+
+    只用 torchrun 的键值表，不建通信组：建了再拆，Trainer 建自己的组时会连到旧地址上。
+    """
+    while not store.check(["plan"]):
+        time.sleep(0.5)
+    plan = json.loads(store.get("plan"))
+    return plan and [*plan[:2], plan[2] and Path(plan[2])]
+
+
 def main():
     transformers.utils.logging.disable_progress_bar()
+    plan, store = None, next(dist.rendezvous("env://"))[0] if WORLD_SIZE > 1 else None
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")          # 每行只打印一次
+        plan = receive_plan(store)
     args, explicit = parse_arguments()
     check_arguments(args)
     asked = args.prepare_only or args.preset == "demo" or explicit["max_steps"] or args.device != "auto"
     if not torch.cuda.is_available() and not asked:
         stop_without_cuda()
-    if WORLD_SIZE > 1:      # 由 torchrun 启动：0 号进程准备数据、定下一切设置，别的进程等它，多久都行
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    plan = [None]
     if RANK == 0:
         lock = lock_work_dir(args.work_dir)         # noqa: F841 变量留着，锁就留着
-        plan = [make_plan(args, explicit)]
-    else:
-        sys.stdout = open(os.devnull, "w")          # 每行只打印一次
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(plan)
-        dist.destroy_process_group()                # Trainer 会按设备重新建（GPU 上是 NCCL）
-    if plan[0] is None:
+        plan = make_plan(args, explicit)
+        if store is not None:
+            store.set("plan", json.dumps(plan, default=str))     # default：检查点的 Path
+    if plan is None:
         return 0
-    code = train(args, *plan[0])
+    code = train(args, *plan)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     return code

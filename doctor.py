@@ -23,10 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -36,16 +34,17 @@ from matplotlib import font_manager
 from packaging.requirements import Requirement
 
 OK, NOTE, BAD = "正常", "注意", "不行"
-# 模型与批量同 a100_train.py。steps、characters（语料字数）：完整训练取公开参考的 11,838 步（两遍，一遍约 5.8 亿 token，
-# 合 9 亿字，估计值），演示是实测；memory_gb 是大致要的内存
+# 模型与批量同 a100_train.py。steps、characters（语料字数）：完整训练取公开参考的 11,838 步（两遍，一遍约
+# 5.8 亿 token，合 9 亿字，估计值），演示是实测；memory_gb 是大致要的内存
 PRESETS = {
     "full": dict(vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024, batch_size=48,
                  effective_batch_size=96, steps=11_838, characters=900_000_000, memory_gb=8),
-    "demo": dict(vocab_size=3_000, n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=16,
-                 effective_batch_size=16, steps=2000, characters=3_100_000, memory_gb=2),
+    "demo": dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=32,
+                 effective_batch_size=32, steps=1350, characters=3_100_000, memory_gb=2),
 }
 REQUIRED = {"torch", "transformers", "accelerate", "sentencepiece", "pyarrow", "matplotlib", "filelock"}
 HUB, MIRROR, MODELSCOPE = "https://huggingface.co", "https://hf-mirror.com", "https://www.modelscope.cn"
+AUTODL, KAGGLE = Path("/root/autodl-tmp"), Path("/kaggle/working")
 WIKI = "wikipedia-cn-20230720-filtered"      # 拿 wiki 数据集（521 MB）的开头测下载速度
 # 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格，用来算 MFU
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165,
@@ -136,87 +135,82 @@ def flops_per_token(parameters, n_layer, n_embd, block_size):
     return 6 * (parameters - block_size * n_embd) + 12 * n_layer * n_embd * block_size
 
 
-# ==== 1. 显卡与软件 ====
-
-def attention_kernels(index, dtype):
-    """这张卡真能用的 SDPA 核：拿完整模型的形状（12 头 × 64 维，因果）去问 torch.backends.cuda。"""
-    with torch.cuda.device(index):
-        ask, q = torch.backends.cuda, torch.empty(1, 12, 1024, 64, device="cuda", dtype=dtype)
-        params = ask.SDPAParams(q, q, q, None, 0.0, True, False)
-        kernels = {"flash": ask.can_use_flash_attention, "mem-efficient": ask.can_use_efficient_attention,
-                   "cuDNN": ask.can_use_cudnn_attention}
-        return [name for name, can_use in kernels.items() if can_use(params)]
-
+# ==== 1. 看一看：显卡、版本、磁盘、内存、网络 ====
 
 def examine_devices(preset):
-    """每张显卡一行；没有显卡时说 CPU 能做什么。"""
+    """每张显卡一行；没有显卡时说 CPU 能做什么。这些函数都逐个给出 (级别, 说明)。"""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
-        gpu = torch.cuda.get_device_properties(index)
+        gpu, ask = torch.cuda.get_device_properties(index), torch.backends.cuda
         ampere = gpu.major >= 8         # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
-        kernels = attention_kernels(index, torch.bfloat16 if ampere else torch.float16)
+        with torch.cuda.device(index):  # 拿完整模型的形状去问有哪些注意力核：12 头 × 64 维，因果，没有掩码
+            q = torch.empty(1, 12, 1024, 64, device="cuda", dtype=torch.bfloat16 if ampere else torch.float16)
+            kernels = [name for name in ("flash", "efficient", "cudnn") if getattr(
+                ask, f"can_use_{name}_attention")(ask.SDPAParams(q, q, q, None, 0.0, True, False))]
         triton, flash_attn = map(importlib.util.find_spec, ("triton", "flash_attn"))
         yield (OK if kernels and triton else NOTE), (
             f"显卡 {index}：{gpu.name}，{gpu.total_memory / 2**30:.0f} GB，计算能力 {gpu.major}.{gpu.minor}，"
-            f"bf16 {'可用' if ampere else '不可用（自动改用 fp16）'}，fp16 可用；"
-            f"注意力核 {'、'.join(kernels) or '只有 math（慢，换一张卡）'}，"
-            f"flash_attn 包{'已装' if flash_attn else '没装（不装也行）'}；torch.compile "
-            f"{'可用' if triton else '用不了：pip install triton，或训练时加 --no-compile'}")
+            f"fp16 可用，bf16 {'可用' if ampere else '不可用（自动改用 fp16）'}；注意力核 "
+            f"{'、'.join(kernels) or '没有快的（换一张卡）'}，flash_attn 包{'已装' if flash_attn else '没装（不装也行）'}；"
+            f"torch.compile {'可用' if triton else '用不了：pip install triton，或训练时加 --no-compile'}")
     if count > 1:
         yield NOTE, (f"看到 {count} 张显卡，直接运行只用第一张；都用上："
                      f"torchrun --standalone --nproc_per_node={count} a100_train.py")
     if not count:
-        compiler = shutil.which("g++") or shutil.which("clang++")
+        compiler = "可用" if shutil.which("g++") or shutil.which("clang++") else "用不了（没有 g++）"
         yield (BAD if preset == "full" else OK), (
-            f"没有 CUDA 显卡；CPU {os.cpu_count()} 核，用 fp32，torch.compile "
-            f"{'可用' if compiler else '用不了（没有 g++）'}；完整训练要租显卡，CPU 上只跑 --preset demo")
-
-
-def examine_driver():
-    """驱动与 CUDA 的版本。"""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        driver = result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        driver = ""
-    bad = driver and not torch.cuda.is_available()
-    yield (BAD if bad else OK), (
-        f"驱动 {driver or '没有找到（nvidia-smi）'}，torch 的 CUDA 版本 {torch.version.cuda or '无（CPU 版）'}"
-        + ("；有驱动，torch 却用不了显卡：升级驱动，或从 pytorch.org 装 CUDA 版本合适的 torch" if bad else ""))
+            f"没有 CUDA 显卡；CPU {os.cpu_count()} 核，用 fp32，torch.compile {compiler}；"
+            f"完整训练要租显卡，CPU 上只跑 --preset demo")
 
 
 def examine_versions(path):
-    """已装的版本与 requirements.txt 的范围：合格的并成一行，其余一个一行。"""
-    good = [f"python {sys.version.split()[0]}"]
-    if not path.exists():
-        yield NOTE, f"旁边没有 {path.name}，没法核对版本；从项目里把它拷过来"
-    lines = [line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    for wanted in map(Requirement, filter(None, lines)):
+    """驱动、CUDA，和已装的版本与 path（requirements.txt）里的范围：合格的并成一行，其余一个一行。"""
+    try:
+        smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                             check=True, capture_output=True, text=True, timeout=20)
+        driver = smi.stdout.partition("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        driver = ""
+    good = [f"驱动 {driver or '无'}", f"CUDA {torch.version.cuda or '无'}", f"python {sys.version.split()[0]}"]
+    if driver and not torch.cuda.is_available():
+        yield BAD, f"{good[0]}，{good[1]}：有驱动，torch 却用不了显卡；升级驱动，或从 pytorch.org 装合适的 torch"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        requirements = [Requirement(line.partition("#")[0]) for line in lines if re.match(r"\w", line)]
+    except (OSError, ValueError):
+        requirements = []
+        yield NOTE, f"旁边没有 {path.name}，或读不懂，没法核对版本；从项目里重新拷一份"
+    for wanted in requirements:
         if wanted.marker and not wanted.marker.evaluate():
             continue
         try:
             found = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            found = None
+            found = ""
         if found and wanted.specifier.contains(found, prereleases=True):
             good.append(f"{wanted.name} {found}")
             continue
-        newer = found and any(s.operator == "<" and not s.contains(found, prereleases=True) for s in wanted.specifier)
+        newer = found and any(s.operator == "<" and not s.contains(found, True) for s in wanted.specifier)
         yield (BAD if wanted.name in REQUIRED and not newer else NOTE), (
-            f"{wanted.name} {found or '没有装'}，要 {wanted.specifier}{'（更新的还没试过）' if newer else ''}；"
+            f"{wanted.name} {found or '没有装'}，要 {wanted.specifier}{'（更新的没试过）' if newer else ''}："
             f"pip install '{wanted.name}{wanted.specifier}'")
     yield OK, f"版本：{'，'.join(good)}"
 
 
-# ==== 2. 磁盘、内存、字体、平台 ====
+def existing(folder):
+    """folder 可以还不存在：返回它最近的已有的上级。"""
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+
 
 def examine_disk(folder, needs):
-    """folder 所在的盘够不够、能不能写。needs 是 {名目: 字节}。folder 可以还不存在：看最近的上级。"""
-    place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    """folder 所在的盘够不够、能不能写。needs 是 {名目: 字节}。"""
+    place = existing(folder)
+    if folder.exists() and not folder.is_dir():
+        yield BAD, f"{folder} 是文件，不是文件夹；换一个 --work_dir"
+        return
     free, total, start = shutil.disk_usage(place).free, sum(needs.values()), time.perf_counter()
-    text = (f"{folder} 剩 {free / 2**30:.1f} GB，要写 "
-            + " + ".join(f"{name} {size / 2**30:.2f}" for name, size in needs.items()) + f" = {total / 2**30:.2f} GB")
+    items = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in needs.items())
+    text = f"{folder} 剩 {free / 2**30:.1f} GB，要写 {items} = {total / 2**30:.2f} GB"
     if free < total:
         yield BAD, f"{text}；不够：清出空间，或换一块盘（--work_dir；Hub 缓存用 HF_HOME）"
         return
@@ -225,10 +219,9 @@ def examine_disk(folder, needs):
             file.write(bytes(16 << 20))
             file.flush()
             os.fsync(file.fileno())
+        yield OK, f"{text}；写盘每秒 {16 / (time.perf_counter() - start):.0f} MB"
     except OSError as error:
         yield BAD, f"{place} 写不进去（{error.strerror}）；检查权限和配额，或换一个 --work_dir"
-        return
-    yield OK, f"{text}；写盘每秒 {16 / (time.perf_counter() - start):.0f} MB"
 
 
 def examine_host(work_dir, hub_cache, memory_gb):
@@ -240,32 +233,28 @@ def examine_host(work_dir, hub_cache, memory_gb):
     yield (OK if enough else NOTE), (f"内存可用 {available / 2**30:.1f} GB，大约要 {memory_gb} GB"
                                      f"{'' if enough else '；关掉别的程序，或换内存大的机器'}")
     font = next((font.name for font in font_manager.fontManager.ttflist if font.name in FONTS), None)
-    yield (OK if font else NOTE), (
-        f"中文字体 {font or '没有，曲线图会用英文标注；要中文：apt-get install fonts-wqy-microhei'}")
-    disk = Path("/root/autodl-tmp")
-    if disk.is_dir():
-        placed = all(path.resolve().is_relative_to(disk) for path in (work_dir, hub_cache))
+    yield (OK if font else NOTE), f"中文字体 {font or '没有，曲线图用英文；要中文：apt-get install fonts-wqy-microhei'}"
+    if AUTODL.is_dir():
+        placed = all(path.resolve().is_relative_to(AUTODL) for path in (work_dir, hub_cache))
         yield (OK if placed else NOTE), (
-            f"AutoDL：系统盘只有 30 GB，--work_dir 和 HF_HOME 都放在 {disk}（export HF_HOME={disk}/hf）；"
+            f"AutoDL：系统盘只有 30 GB，--work_dir 和 HF_HOME 都放在 {AUTODL}（export HF_HOME={AUTODL}/hf）；"
             f"source /etc/network_turbo 和 HF_ENDPOINT 镜像只用一个")
-    if Path("/kaggle/working").is_dir():
+    if KAGGLE.is_dir():
         yield NOTE, "Kaggle：一次最多 12 小时，训练加 --max_hours 11 提前存盘；T4 用 fp16；只有 /kaggle/working 会留下"
 
 
-# ==== 3. 网络 ====
-
 def download(url, seconds, result):
-    """从 url 读最多 4 MB 或 seconds 秒，往 result 里放一个 (级别, 说明)。不带任何 token。"""
+    """从 url 读最多 4 MB 或 seconds 秒，往 result 里放 (级别, 说明)。不带任何 token。"""
     start, size = time.perf_counter(), 0
     try:
         with urllib.request.urlopen(url, timeout=seconds) as response:
-            first = time.perf_counter() - start
-            while size < 4 << 20 and time.perf_counter() - start < seconds and (
-                    chunk := response.read1(1 << 16)):
+            wait = time.perf_counter() - start
+            while (size < 4 << 20 and time.perf_counter() - start < seconds
+                   and (chunk := response.read1(1 << 16))):
                 size += len(chunk)
         speed = size / (time.perf_counter() - start) / 1e6
         result.append((NOTE if size >= 1 << 16 and speed < 0.5 else OK,
-                       f"能连上，{first * 1000:.0f} 毫秒，每秒 {speed:.2f} MB（wiki 数据集 521 MB）"))
+                       f"{wait * 1000:.0f} 毫秒连上，每秒 {speed:.2f} MB（wiki 数据集 521 MB）"))
     except urllib.error.HTTPError as error:         # 有应答，只是不给这个文件
         blocked = error.code in (407, 429) or error.code >= 500
         result.append((NOTE if blocked else OK, f"有应答，但返回 HTTP {error.code}，没有测速"))
@@ -284,30 +273,31 @@ def reach(url, seconds):
 
 def examine_network(seconds):
     """Hub、镜像、ModelScope 各一行；正在用的是 HF_ENDPOINT 指的那个。"""
-    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     for base in dict.fromkeys((HUB, MIRROR, endpoint, MODELSCOPE)):
         owner, branch = ("AI-ModelScope", "master") if base == MODELSCOPE else ("pleisto", "main")
         level, text = reach(f"{base}/datasets/{owner}/{WIKI}/resolve/{branch}/{WIKI}.json", seconds)
         if level != OK:
-            text += (f"；现在用的是它，换一路：export HF_ENDPOINT={MIRROR if endpoint == HUB else HUB}，或从 ModelScope "
-                     f"下载后 prepare_corpus.py --corpus wiki=文件") if base == endpoint else "；别的一路能用就不要紧"
-        yield level, f"网络 {urlsplit(base).hostname}：{text}"       # 只印主机名：网址里可能有密码
+            text += (f"；正在用的是它，换一路：export HF_ENDPOINT={MIRROR if endpoint == HUB else HUB}，或从 "
+                     f"ModelScope 下载后 prepare_corpus.py --corpus wiki=文件" if base == endpoint else
+                     "；别的一路能用就不要紧")
+        yield level, f"网络 {re.sub(r'.*//|.*@|/.*', '', base)}：{text}"       # 只印主机名：网址里可能有密码
     if endpoint != HUB and os.environ.get("HF_HUB_DISABLE_XET", "").upper() not in ("1", "TRUE", "YES", "ON"):
         yield NOTE, "设了 HF_ENDPOINT，但 Xet 下载会绕开它；再设一个：export HF_HUB_DISABLE_XET=1"
 
 
-# ==== 4. 真的训练两秒 ====
+# ==== 2. 真的训练两秒 ====
 
 def new_model(vocab_size, n_layer, n_embd, n_head, block_size, **_):
     """与 a100_train.py 的 build_model 同样的 GPT-2（不用 torch.compile，所以注意力直接用 sdpa）。"""
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=block_size,
-        bos_token_id=2, eos_token_id=3, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa"))
+        bos_token_id=2, eos_token_id=3, activation_function="gelu_pytorch_tanh", use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa"))
 
 
 def micro_step(model, tokens, dtype):
-    """一个微批量的前向和反向；tokens 形状 (B, T+1)。返回 (秒, 损失)。只留损失，与训练时一样。"""
+    """一个微批量的前向和反向，与训练时一样只留损失；tokens 形状 (B, T+1)。返回 (秒, 损失)。"""
     start = time.perf_counter()
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not None):
         logits = model.lm_head(model.transformer(tokens[:, :-1]).last_hidden_state)
@@ -321,14 +311,16 @@ def micro_step(model, tokens, dtype):
 def measure(model, values, device, dtype, seconds):
     """训练约 seconds 秒，数据是随机的。返回 (微批量, 一个微批量的秒数, 更新一次参数的秒数, 开头的损失)。
 
-    显存放不下就把微批量减半；CPU 上整个微批量要等太久就用 1。
+    显存放不下就把微批量减半；CPU 上整个微批量要等一分钟以上就用 1。
     """
     batch_size, times = values["batch_size"], []
     tokens = torch.randint(4, values["vocab_size"], (batch_size, values["block_size"] + 1), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     first, loss = micro_step(model, tokens[:1], dtype)
     optimizer.step()                         # 头一次要分配优化器状态，不计时
-    if device == "cpu" and first * batch_size > 20 * seconds:
+    if first < 2:                            # 第一步含初始化，不准；只要不慢就再量一次
+        first = min(first, micro_step(model, tokens[:1], dtype)[0])
+    if device == "cpu" and first * batch_size > 60:
         batch_size = 1
     while sum(times) < seconds:
         try:
@@ -337,19 +329,11 @@ def measure(model, values, device, dtype, seconds):
             if batch_size == 1:
                 raise
             batch_size, times = batch_size // 2, []
+            torch.cuda.empty_cache()
     start = time.perf_counter()
     optimizer.step()
     next(model.parameters()).sum().item()
     return batch_size, sorted(times)[len(times) // 2], time.perf_counter() - start, loss
-
-
-def peak_memory(device):
-    """内存峰值，字节：GPU 上是 torch 占过的显存，CPU 上是整个进程（Linux 之外是此刻的值）。"""
-    if device == "cuda":
-        return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")
-    high = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
-    return int(high[1]) * 1024 if high else psutil.Process().memory_info().rss
 
 
 def examine_speed(preset, seconds, price_per_hour):
@@ -363,27 +347,28 @@ def examine_speed(preset, seconds, price_per_hour):
     except RuntimeError as error:                # 显存不够，或 torch 不认这张卡
         yield BAD, f"试跑失败（{str(error).strip().splitlines()[0][:80]}）；关掉占显存的程序，重装 torch，或换一张卡"
         return
+    status = Path("/proc/self/status")           # Linux 上进程内存的最高值，kB
+    high = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
+    memory = torch.cuda.max_memory_reserved() if device == "cuda" else int(high[1] if high else 0) * 1024
     tokens = values["effective_batch_size"] * values["block_size"]
     speed = tokens / (micro * values["effective_batch_size"] / batch_size + update)
-    peak, source = peak_flops(device)
-    mfu = speed / peak * flops_per_token(model.num_parameters(), *(
-        values[name] for name in ("n_layer", "n_embd", "block_size")))
-    good = abs(loss - math.log(values["vocab_size"])) < 1        # 没训练过的模型等于瞎猜；NaN 也不算 good
+    (peak, source), parameters = peak_flops(device), model.num_parameters()
+    flops = flops_per_token(parameters, values["n_layer"], values["n_embd"], values["block_size"])
+    guess = math.log(values["vocab_size"])
+    good = abs(loss - guess) < 1                 # 没训练过的模型等于瞎猜；NaN 也不算 good
     yield (OK if good else BAD), (
-        f"试跑 {model.num_parameters():,} 参数，微批量 {batch_size}，{str(dtype or torch.float32)[6:]}：每秒 {speed:,.0f} "
-        f"token，MFU {mfu:.0%}（峰值 {peak / 1e12:.2f} TFLOP/s，{source}），{'显存' if device == 'cuda' else '内存'}峰值 "
-        f"{peak_memory(device) / 2**30:.1f} GB，开头损失 {loss:.2f}"
-        + ("" if good else f"，应当接近 ln V = {math.log(values['vocab_size']):.2f}：硬件或 torch 有问题，先别训练"))
+        f"试跑 {parameters:,} 参数，微批量 {batch_size}，{str(dtype or torch.float32)[6:]}：每秒 {speed:,.0f} token，"
+        f"MFU {speed * flops / peak:.0%}（峰值 {peak / 1e12:.2f} TFLOP/s，{source}），"
+        f"{'显存' if device == 'cuda' else '内存'}最高 {memory / 2**30:.1f} GB，开头损失 {loss:.2f}（瞎猜是 {guess:.2f}）"
+        f"{'' if good else '，差得太多：硬件或 torch 有问题，先别训练'}")
     hours = values["steps"] * tokens / speed / 3600
     yield (OK if hours < 48 else NOTE), (
-        f"全程按{'公开参考的' if preset == 'full' else '至多'} {values['steps']:,} 步 × {tokens:,} token，约 "
+        f"全程{'按公开参考的' if preset == 'full' else '至多'} {values['steps']:,} 步 × {tokens:,} token，约 "
         + (f"{hours:.1f} 小时" if hours > 1.5 else f"{hours * 60:.0f} 分钟")
         + (f"，每小时 {price_per_hour:g} 元共 {hours * price_per_hour:.2f} 元" if price_per_hour else "")
         + "（一张卡，AdamW，没开 torch.compile，不含下载、打包、验证）"
         + ("" if hours < 48 else "；太久：换快的显卡，先跑 --preset demo"))
 
-
-# ==== 5. 显存表 ====
 
 def memory_needed(batch_size, eight_bit):
     """bf16/fp16 混合精度训练完整模型要的显存，字节；batch_size 是微批量 B。按公式算，未测（SDPA，不用 compile）：
@@ -393,53 +378,52 @@ def memory_needed(batch_size, eight_bit):
     36·d 是每层每 token 存下的激活：两处残差（fp32）8d，半精度的两次归一化 4d、qkv 6d、注意力输出 2d、MLP 中间 16d；
     12·V 是反向到 logits 时的三份 fp32：log_softmax、它的梯度和上游的梯度。
     """
-    n_layer, d, vocab, block_size = 8, 768, 32_000, 1024
-    embeddings = (vocab + block_size) * d
-    blocks = n_layer * (12 * d**2 + 13 * d) + 2 * d                     # 连同 embeddings 共 82,066,944
+    embeddings, blocks = (32_000 + 1024) * 768, 8 * (12 * 768**2 + 13 * 768) + 2 * 768      # 共 82,066,944
     optimizer = 8 * embeddings + (2 if eight_bit else 8) * blocks
-    activations = batch_size * block_size * (36 * n_layer * d + 12 * vocab)
-    return 10 * (embeddings + blocks) + optimizer + activations + 2**30
+    return (10 * (embeddings + blocks) + optimizer
+            + batch_size * 1024 * (36 * 8 * 768 + 12 * 32_000) + 2**30)
 
 
 def print_memory_table():
     """每种显存放得下的最大微批量：有效批量 96 的约数里最大的。"""
-    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测")
-    print("显存     8 位 AdamW       32 位 AdamW")
-    for gigabytes in (8, 16, 24, 40, 80):
-        row = f"{gigabytes:>2} GB"
+    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测\n"
+          "显存     8 位 AdamW       32 位 AdamW")
+    for size in (8, 16, 24, 40, 80):
+        row = f"{size:>2} GB"
         for eight_bit in (True, False):
-            fits = max(b for b in range(1, 97) if 96 % b == 0 and memory_needed(b, eight_bit) < gigabytes * 2**30)
+            fits = max(b for b in range(1, 97) if 96 % b == 0 and memory_needed(b, eight_bit) < size * 2**30)
             row += f"{fits:>6}（{memory_needed(fits, eight_bit) / 2**30:.1f} GB）"
         print(row)
 
 
-# ==== 6. 主程序 ====
+# ==== 3. 主程序 ====
 
-def examine(args):
+def examine(preset, work_dir, seconds, offline, price_per_hour):
     """依次做每一项检查，给出 (级别, 说明)。"""
-    values = PRESETS[args.preset]
+    values, hub_cache = PRESETS[preset], Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     with torch.device("meta"):           # 只数参数，不占内存
         parameters = new_model(**values).num_parameters()
-    hub_cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    yield from examine_devices(args.preset)
-    yield from examine_driver()
+    yield from examine_devices(preset)
     yield from examine_versions(Path(__file__).with_name("requirements.txt"))
-    # 与 a100_train.py 自己的检查同样算法，偏大：每字 UTF-8 占 3 字节；打包每字至多 4 字节（2 字节的 token，打乱时有两份）；
-    # 检查点每参数 12 字节（fp32 权重 4 + 优化器 8），最多同时三个
-    yield from examine_disk(args.work_dir, {"语料": 3 * values["characters"], "打包": 4 * values["characters"],
-                                            "检查点": 36 * parameters, "最终模型": 4 * parameters})
-    if args.preset == "full":            # 下载的文件和解出来的 Arrow 各一份
-        yield from examine_disk(hub_cache, {"Hub 缓存": 6 * values["characters"]})
-    yield from examine_host(args.work_dir, hub_cache, values["memory_gb"])
-    yield from [] if args.offline else examine_network(seconds=4)
-    yield from examine_speed(args.preset, args.seconds, args.price_per_hour)
+    # 与 a100_train.py 自己的检查同样算法，偏大：每字 UTF-8 占 3 字节；打包每字至多 4 字节（2 字节的 token，打乱时
+    # 有两份）；检查点每参数 12 字节（fp32 权重 4 + 优化器 8），最多同时三个；最终模型每参数 4 字节
+    needs = {"语料": 3 * values["characters"], "打包": 4 * values["characters"],
+             "检查点": 36 * parameters, "最终模型": 4 * parameters}
+    cache = {"Hub 缓存": 6 * values["characters"]} if preset == "full" else {}    # 下载的文件、解出的 Arrow 各一份
+    if existing(hub_cache).stat().st_dev == existing(work_dir).stat().st_dev:
+        needs, cache = needs | cache, {}
+    yield from examine_disk(work_dir, needs)
+    yield from examine_disk(hub_cache, cache) if cache else []
+    yield from examine_host(work_dir, hub_cache, values["memory_gb"])
+    yield from [] if offline else examine_network(seconds=4)
+    yield from examine_speed(preset, seconds, price_per_hour)
 
 
 def main():
     parser = ArgumentParser(description="训练前的体检", allow_abbrev=False)
-    default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
+    default_dir = AUTODL / "gpt2-chinese" if AUTODL.is_dir() else Path("gpt2-chinese")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="full 完整训练，demo 演示")
-    parser.add_argument("--work_dir", type=Path, default=Path(default_dir), help="准备放训练输出的文件夹")
+    parser.add_argument("--work_dir", type=Path, default=default_dir, help="准备放训练输出的文件夹")
     parser.add_argument("--seconds", type=number(float, 0.01, 600), default=2.0, help="试跑多少秒")
     parser.add_argument("--price_per_hour", type=number(float, 0), help="显卡每小时多少元，用来估算花费")
     parser.add_argument("--offline", action="store_true", help="不查网络")
@@ -448,7 +432,7 @@ def main():
     if args.memory_table:
         return print_memory_table()
     levels = []
-    for level, text in examine(args):
+    for level, text in examine(args.preset, args.work_dir, args.seconds, args.offline, args.price_per_hour):
         print(f"{level}  {text}")
         levels.append(level)
     return int(BAD in levels)

@@ -33,7 +33,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1                                    # tokenizer/ 的格式版本
-PRESETS = {"full": {"vocab_size": 32_000}, "demo": {"vocab_size": 3_000}}
+PRESETS = {"full": {"vocab_size": 32_000}, "demo": {"vocab_size": 4_500}}
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]   # 编号 0、1、2、3
 SMALLEST = len(SPECIAL) + 256 + 40            # 特殊记号 + 256 个字节，再留几十个给最常用的字
 LINE_LIMIT = 1000                             # 字符；SentencePiece 会悄悄跳过超过 4,192 字节的行，所以先切短
