@@ -187,7 +187,7 @@ def draw_references(axes, run, scale, labels):
     if per_epoch and last / per_epoch <= 20:
         for epoch in range(1, int(last / per_epoch + 1e-6) + 1):
             axes.axvline(epoch * per_epoch, color="gray", linestyle="--", linewidth=0.8)
-            axes.annotate(labels["epoch"].format(epoch), (epoch * per_epoch, 0), (-3, 6), rotation=90,
+            axes.annotate(labels["epoch"].format(epoch), (epoch * per_epoch, 0.42), (-3, 0), rotation=90,
                           fontsize=8, color="dimgray", xycoords=("data", "axes fraction"),
                           textcoords="offset points", ha="right")
 
@@ -206,15 +206,16 @@ def draw(runs, output, language):
             step, loss, bits = run["eval"][-1]
             text = f"{loss:.2f}" + (f"（{bits:.2f} bits/char）" if bits and language == "zh" else
                                     f" ({bits:.2f} bits/char)" if bits else "")
-            axes.annotate(text, (step, loss * scale), (-6, 10 + 12 * i), textcoords="offset points",
-                          ha="right", color=f"C{i}", fontsize=10)
+            axes.annotate(text, (step, loss * scale), (-6, 24 + 14 * i), textcoords="offset points",
+                          ha="right", color=f"C{i}", fontsize=10,
+                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
     if len(runs) == 1:
         draw_references(axes, runs[0], 1, labels)
     if factors[0] and not by_bits:
         second = axes.secondary_yaxis("right", functions=(lambda y: y * factors[0], lambda y: y / factors[0]))
         second.set_ylabel(labels["bits"])
     axes.set(xlabel=labels["step"], ylabel=labels["bits" if by_bits else "loss"], title=labels["title"])
-    axes.margins(x=0.02)
+    axes.margins(x=0.02, y=0.12)         # 上面留出图例的位置
     axes.grid(alpha=0.2)
     axes.legend(loc="upper center", frameon=False, ncols=2 if len(runs) == 1 else 1)
     figure.tight_layout()

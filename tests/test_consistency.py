@@ -11,7 +11,7 @@ import a100_train
 import prepare_corpus
 import train_tokenizer
 
-SCRIPTS = ["prepare_corpus.py", "train_tokenizer.py", "a100_train.py", "plot_loss.py"]
+SCRIPTS = ["prepare_corpus.py", "train_tokenizer.py", "a100_train.py", "plot_loss.py", "doctor.py"]
 # 同名而可以不同的函数或类，每个写明理由
 ALLOWED_DIFFERENCES = {
     "main": "每个脚本做自己的事",

@@ -119,8 +119,10 @@ def test_demo_run(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     speed = float(re.search(r"每秒 ([\d,]+) token", output)[1].replace(",", ""))
     cost = float(re.search(r"共 ([\d.]+) 元", output)[1])
-    assert cost == pytest.approx(2000 * 1024 / speed, rel=0.01)         # 每小时 3600 元就是每秒 1 元
-    assert "788,992 参数，微批量 16" in output and "CPU" in output
+    demo = a100_train.PRESETS["demo"]
+    tokens = demo["max_steps"] * demo["effective_batch_size"] * demo["block_size"]
+    assert cost == pytest.approx(tokens / speed, rel=0.01)              # 每小时 3600 元就是每秒 1 元
+    assert f"980,992 参数，微批量 {demo['batch_size']}" in output and "CPU" in output
 
 
 def test_full_without_gpu_fails(tmp_path, capsys, monkeypatch):
@@ -296,7 +298,7 @@ def test_out_of_memory_halves_the_micro_batch(monkeypatch):
     monkeypatch.setattr(doctor, "micro_step", scarce)
     values = doctor.PRESETS["demo"]
     batch_size, micro, update, loss = doctor.measure(doctor.new_model(**values), values, "cpu", None, 0.05)
-    assert batch_size == 4 and [size for size in sizes if size > 1][:3] == [16, 8, 4]
+    assert batch_size == 4 and [size for size in sizes if size > 1][:4] == [32, 16, 8, 4]
     assert micro > 0 and update > 0 and 7 < loss < 9
 
 

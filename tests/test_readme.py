@@ -1,0 +1,70 @@
+"""README 里的数字都来自提交的日志或代码；两条命令原样可用。"""
+
+import json
+import re
+
+from conftest import ROOT, read_jsonl
+
+import a100_train
+import train_tokenizer
+
+README = (ROOT / "README.md").read_text("utf-8")
+DEMO = ROOT / "results" / "demo"
+CONFIG = json.loads((DEMO / "config.json").read_text("utf-8"))
+ROWS = read_jsonl(DEMO / "train_log.jsonl")
+EVALS = [row for row in ROWS if "eval_loss" in row]
+
+
+def test_two_commands():
+    """.ci/run 从 README 里取这两条命令。"""
+    commands = re.findall(r"^(pip install -r requirements(?:-dev)?\.txt && .*?)\s*(?:#.*)?$", README, re.M)
+    assert commands == ["pip install -r requirements.txt && python a100_train.py --preset demo",
+                        "pip install -r requirements-dev.txt && python -m pytest"]
+
+
+def test_demo_figures_come_from_the_log():
+    first, last = EVALS[0], EVALS[-1]
+    assert f"{first['eval_loss']:.2f} → **{last['eval_loss']:.2f}** nat" in README
+    assert f"{first['eval_bits_per_char']:.2f} → **{last['eval_bits_per_char']:.2f}**" in README
+    assert f"{CONFIG['parameters']:,} 参数" in README and f"{last['step']:,} 步" in README
+    assert f"只看词频 {CONFIG['unigram_entropy']:.2f}" in README
+    seconds = [row["elapsed_seconds"] for row in ROWS if "elapsed_seconds" in row][-1]
+    assert f"训练 {int(seconds // 60)} 分 {round(seconds % 60)} 秒" in README
+    search = read_jsonl(ROOT / "results" / "demo_recipe.jsonl")
+    demo = next(row for row in search if row["name"] == "demo")
+    assert demo["bits_per_char"] == round(last["eval_bits_per_char"], 5)
+    assert f"bigram 是 {demo['bigram_bits_per_char']:.2f}" in README
+    assert last["eval_bits_per_char"] < demo["bigram_bits_per_char"]        # 要胜过这把标尺
+
+
+def test_committed_demo_used_the_current_preset():
+    preset = a100_train.PRESETS["demo"]
+    for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "learning_rate",
+                "max_steps", "vocab_size"):
+        assert CONFIG[key] == preset[key], key
+
+
+def test_committed_samples_are_the_same_run():
+    table = (ROOT / "generation_samples.md").read_text("utf-8")
+    for row in read_jsonl(DEMO / "samples.jsonl"):
+        assert row["prompt"] in a100_train.PROMPTS
+        assert f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**" in table
+
+
+def test_full_model_figures():
+    full = a100_train.PRESETS["full"]
+    assert (full["n_layer"], full["n_embd"], full["n_head"], full["block_size"]) == (8, 768, 12, 1024)
+    assert full["effective_batch_size"] * full["block_size"] == 98_304 and "98,304" in README
+    assert train_tokenizer.PRESETS["full"]["vocab_size"] == 32_000 and "32,000 词块" in README
+
+
+def test_every_option_in_the_readme_exists():
+    scripts = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
+    others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help"}     # pip、torchrun
+    for option in set(re.findall(r"--(?:\[no-\])?([a-z][a-z_\d]+)", README)) - others:
+        assert f'"--{option}"' in scripts, option
+
+
+def test_files_named_in_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
