@@ -57,7 +57,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 
 FORMAT = 1                           # 工作目录的格式版本
 START = time.time()                  # --max_hours 从这里算起
