@@ -564,7 +564,9 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 if group["muon"]:
-                    momentum = state.setdefault("momentum", torch.zeros_like(p))
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    momentum = state["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     update = p.grad.lerp(momentum, group["momentum"])              # Nesterov
                     parts = torch.stack(update.chunk(group["split"], dim=1))       # (split, 输入, 输出)

