@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import bisect
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
@@ -157,8 +158,8 @@ def replace_directory(staging, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def open_output_directory(final, marker="report.json"):
-    """锁住输出文件夹，建一个空的暂存文件夹；返回 (锁, 暂存文件夹)。
+def open_output_directory(final, marker="report.json", keep_staging=False):
+    """锁住输出文件夹，建一个暂存文件夹；返回 (锁, 暂存文件夹)。keep_staging：上次中断留下的半成品还有用。
 
     final 里没有 marker 文件，就不是我们生成的，拒绝覆盖；另一个进程正在写同一处也拒绝。
     """
@@ -171,24 +172,32 @@ def open_output_directory(final, marker="report.json"):
     except filelock.Timeout:
         raise UserError(f"另一个进程正在写 {final}；等它结束，或换一个 --output_dir") from None
     staging = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)       # 上次中断留下的半成品
-    staging.mkdir()
+    if not keep_staging:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(exist_ok=True)
     return lock, staging
 
 
-def iter_corpus(corpus_dir, split):
-    """逐篇给出 (text, source)；split 是 train 或 eval。一次只有一小批在内存里。"""
-    paths = sorted(Path(corpus_dir).glob(f"{split}-*.parquet"))
+def iter_tables(corpus_dir, split, path=None):
+    """逐块给出 pyarrow 的表（列 text、source），一块约 16 MB；split 是 train 或 eval，path 指定只读哪一个文件。"""
+    paths = [path] if path else sorted(Path(corpus_dir).glob(f"{split}-*.parquet"))
     if not paths:
         raise UserError(f"找不到 {corpus_dir}/{split}-*.parquet，请先运行 python prepare_corpus.py")
     for path in paths:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text", "source"]):
-                yield from zip(batch["text"].to_pylist(), batch["source"].to_pylist(), strict=True)
+            file = pq.ParquetFile(path)
+            for i in range(file.num_row_groups):
+                yield file.read_row_group(i, columns=["text", "source"])
         except (pa.ArrowException, KeyError, OSError) as error:
             if getattr(error, "errno", None):            # 真的读不了（没有权限……），不是内容坏了
                 raise
             raise UserError(f"{path} 已损坏（{error}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py") from None
+
+
+def iter_corpus(corpus_dir, split):
+    """逐篇给出 (text, source)；split 是 train 或 eval。一次只有一块在内存里。"""
+    for table in iter_tables(corpus_dir, split):
+        yield from zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True)
 
 
 def read_report(folder, name="report.json"):
@@ -199,7 +208,6 @@ def read_report(folder, name="report.json"):
         return report if complete and report["corpus_hash"] else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
 
 
 def write_text(path, text):
@@ -225,6 +233,64 @@ def read_jsonl(path):
 def append_jsonl(path, row):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def file_hash(path, digest=None):
+    """文件内容的哈希，十六进制；默认 blake2b。"""
+    digest = digest or hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(*values):
+    """几个可以写成 JSON 的值 -> 十六进制的指纹。"""
+    text = json.dumps(values, sort_keys=True, default=list)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write_note(path, key, files, **note):
+    """一块做完了：落盘，再写说明（指纹、每个文件的哈希）。没有说明的文件都不算数。"""
+    for name in files:
+        with open(path.with_name(name), "rb") as file:
+            os.fsync(file.fileno())
+    note |= {"key": key, "files": {name: file_hash(path.with_name(name)) for name in files}}
+    note["note_hash"] = fingerprint(note)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(note, ensure_ascii=False), "utf-8")
+    os.replace(temporary, path)
+    return note
+
+
+def read_note(path, key):
+    """上次做完的一块的说明；没做完、输入或设置变了、哈希不对，都返回 None（重做）。"""
+    try:
+        note = json.loads(path.read_text("utf-8"))
+        good = note["key"] == key and note.pop("note_hash") == fingerprint(note)
+        good = good and all(file_hash(path.with_name(name)) == value for name, value in note["files"].items())
+        return note if good else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+class Meter:
+    """进度条：百分比、剩余时间、每秒多少 MB 文本。输出不是终端时十秒更新一次。"""
+
+    def __init__(self, title, total):
+        self.bar = tqdm(total=total, desc=title, mininterval=0.5 if sys.stderr.isatty() else 10, delay=2,
+                        bar_format="{desc} {percentage:3.0f}%|{bar:30}|{postfix}，已用 {elapsed}，剩余 {remaining}")
+        self.start, self.bytes = time.monotonic(), 0
+
+    def update(self, position, text_bytes):
+        """position：已处理到 total 里的第几；text_bytes：这一次处理了多少字节文本。"""
+        self.bytes += text_bytes
+        rate = self.bytes / 1e6 / (time.monotonic() - self.start + 1e-9)
+        self.bar.set_postfix_str(f"{self.bytes / 1e6:,.0f} MB，{rate:.1f} MB/s", refresh=False)
+        self.bar.update(max(0, position - self.bar.n))
+
+    def close(self):
+        self.bar.close()
 
 
 # ==== 1. 设备与加速 ====
@@ -357,37 +423,69 @@ def cut(text, limit):
 
 
 def encode(sp, texts, threads):
-    """一批文档 -> 一批 uint16 数组，每篇末尾是 </s>（eos）：模型由它学会一篇在哪里结束。"""
+    """一批文档 -> 逐篇给出 uint16 数组，末尾是 </s>（eos）：模型由它学会一篇在哪里结束。"""
     # SentencePiece 在超长的字符串上会累积误差，所以先切成页；换行自成一个词块，在行尾切不改变编号
     pages = [cut(text, 8000) for text in texts]
-    encoded = iter(sp.encode([page for document in pages for page in document], num_threads=threads))
+    flat = [page for document in pages for page in document]
+    encoded = iter(sp.encode(flat, num_threads=threads, return_type="numpy"))
+    end = np.array([EOS], dtype=np.int32)
     for document in pages:
-        ids = [token for _ in document for token in next(encoded)]
-        yield np.array([*ids, EOS], dtype=np.uint16)
+        yield np.concatenate([*islice(encoded, len(document)), end]).astype(np.uint16)
 
 
-def pack_train(corpus_dir, sp, path, seed, threads):
-    """编码训练集，文档打乱后首尾相接，写成一个平坦的 uint16 文件。返回每个 token 出现的次数，形状 (vocab,)。
-
-    先按原顺序写，再按打乱的顺序抄一遍：全局打乱，内存里却只有每篇的长度。
-    """
-    unshuffled, lengths = path.with_suffix(".unshuffled"), []
-    counts = np.zeros(sp.get_piece_size(), dtype=np.int64)
-    texts = (text for text, _ in iter_corpus(corpus_dir, "train"))
-    with open(unshuffled, "wb") as file:
-        while batch := list(islice(texts, 2000)):
-            documents = list(encode(sp, batch, threads))
-            lengths += map(len, documents)
+def encode_shard(path, sp, folder, corpus_hash, tokenizer_hash, threads, meter):
+    """编码语料的一个分片，写 <分片名>.tokens（uint16）和 .npy（每篇的 token 数）；上次做完了就沿用。返回说明。"""
+    key = fingerprint(FORMAT, corpus_hash, tokenizer_hash, path.name)
+    tokens_path = folder / f"{path.stem}.tokens"
+    if note := read_note(tokens_path.with_suffix(".json"), key):
+        meter.update(meter.bar.n + note["bytes"], note["bytes"])
+        return note
+    lengths, counts, size = [], np.zeros(sp.get_piece_size(), dtype=np.int64), 0
+    with open(tokens_path, "wb") as file:
+        for table in iter_tables(path.parent, "train", path):
+            documents = list(encode(sp, table["text"].to_pylist(), threads))
+            lengths.append(np.fromiter(map(len, documents), dtype=np.int64))
             tokens = np.concatenate(documents)
             file.write(tokens.tobytes())
             counts += np.bincount(tokens, minlength=len(counts))
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    with open(unshuffled, "rb") as source, open(path, "wb") as file:
-        for document in np.random.default_rng(seed).permutation(len(lengths)):
-            source.seek(2 * int(starts[document]))
-            file.write(source.read(2 * lengths[document]))
-    unshuffled.unlink()
-    return counts
+            size += table["text"].nbytes
+            meter.update(meter.bar.n + table["text"].nbytes, table["text"].nbytes)
+    np.save(tokens_path.with_suffix(".npy"), np.concatenate(lengths))
+    return write_note(tokens_path.with_suffix(".json"), key, [tokens_path.name, f"{path.stem}.npy"],
+                      counts=counts.tolist(), bytes=size)
+
+
+def shuffle_documents(shards, path, seed):
+    """各分片的 token 按打乱的文档次序抄成一个平坦的 uint16 文件。
+
+    全局打乱，内存里却只有每篇的位置和次序，各 8 字节。
+    """
+    lengths = [np.load(shard.with_suffix(".npy")) for shard in shards]
+    borders = np.cumsum([0, *(int(part.sum()) for part in lengths)])          # 各分片从第几个 token 开始
+    starts = np.cumsum(np.concatenate([[0], *lengths]))
+    files = [open(shard, "rb", buffering=0) for shard in shards]
+    with open(path, "wb") as output:
+        for document in np.random.default_rng(seed).permutation(len(starts) - 1):
+            start, length = int(starts[document]), int(starts[document + 1] - starts[document])
+            shard = bisect(borders, start) - 1
+            output.write(os.pread(files[shard].fileno(), 2 * length, 2 * (start - int(borders[shard]))))
+    for file in files:
+        file.close()
+
+
+def pack_train(corpus_dir, sp, folder, corpus_hash, tokenizer_hash, seed, threads):
+    """编码训练集，文档打乱后首尾相接，写成 folder/train.bin。返回每个 token 出现的次数，形状 (vocab,)。
+
+    一个分片一个分片地编码；中断了，做完的分片不用重做。
+    """
+    paths = sorted(Path(corpus_dir).glob("train-*.parquet"))
+    meter = Meter("打包", sum(pq.read_metadata(path).row_group(i).column(0).total_uncompressed_size
+                            for path in paths for i in range(pq.read_metadata(path).num_row_groups)))
+    notes = [encode_shard(path, sp, folder, corpus_hash, tokenizer_hash, threads, meter) for path in paths]
+    meter.close()
+    shards = [folder / f"{path.stem}.tokens" for path in paths]
+    shuffle_documents(shards, folder / "train.bin", seed)
+    return sum(np.array(note["counts"]) for note in notes)
 
 
 def pack_eval(corpus_dir, sp, path, threads):
@@ -423,12 +521,15 @@ def pack(work_dir, seed):
         sp = spm.SentencePieceProcessor(model_file=str(model_path))
     except RuntimeError:
         raise UserError(f"{model_path} 已损坏；删掉 tokenizer/ 后重跑（会重新运行 train_tokenizer.py）") from None
-    lock, staging = open_output_directory(packed, "meta.json")
+    lock, staging = open_output_directory(packed, "meta.json", keep_staging=True)
     with lock:
         try:
             start, threads = time.time(), os.cpu_count()
-            counts = pack_train(work_dir / "corpus", sp, staging / "train.bin", seed, threads)
+            counts = pack_train(work_dir / "corpus", sp, staging, corpus["corpus_hash"], tokenizer_hash, seed,
+                                threads)
             sources = pack_eval(work_dir / "corpus", sp, staging / "eval.bin", threads)
+            for path in staging.glob("train-*"):             # 编码好的分片，用完了
+                path.unlink()
             share = counts[counts > 0] / counts.sum()
             files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
             meta = {"key": key, "corpus_hash": corpus["corpus_hash"], "tokenizer_hash": tokenizer_hash,
@@ -437,8 +538,9 @@ def pack(work_dir, seed):
                     "files": files}
             write_text(staging / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
             replace_directory(staging, packed)
-        finally:
+        except (UserError, OSError):                 # 语料坏了，或磁盘满了；被杀掉则留着编码好的分片，下次接着用
             shutil.rmtree(staging, ignore_errors=True)
+            raise
     print(f"打包 {counts.sum():,} 个训练 token，用时 {time.time() - start:.1f} 秒")
     return meta
 

@@ -119,8 +119,8 @@ def replace_directory(staging, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def open_output_directory(final, marker="report.json"):
-    """锁住输出文件夹，建一个空的暂存文件夹；返回 (锁, 暂存文件夹)。
+def open_output_directory(final, marker="report.json", keep_staging=False):
+    """锁住输出文件夹，建一个暂存文件夹；返回 (锁, 暂存文件夹)。keep_staging：上次中断留下的半成品还有用。
 
     final 里没有 marker 文件，就不是我们生成的，拒绝覆盖；另一个进程正在写同一处也拒绝。
     """
@@ -133,26 +133,34 @@ def open_output_directory(final, marker="report.json"):
     except filelock.Timeout:
         raise UserError(f"另一个进程正在写 {final}；等它结束，或换一个 --output_dir") from None
     staging = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)       # 上次中断留下的半成品
-    staging.mkdir()
+    if not keep_staging:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(exist_ok=True)
     return lock, staging
 
 
 # ==== 1. 读语料 ====
 
-def iter_corpus(corpus_dir, split):
-    """逐篇给出 (text, source)；split 是 train 或 eval。一次只有一小批在内存里。"""
-    paths = sorted(Path(corpus_dir).glob(f"{split}-*.parquet"))
+def iter_tables(corpus_dir, split, path=None):
+    """逐块给出 pyarrow 的表（列 text、source），一块约 16 MB；split 是 train 或 eval，path 指定只读哪一个文件。"""
+    paths = [path] if path else sorted(Path(corpus_dir).glob(f"{split}-*.parquet"))
     if not paths:
         raise UserError(f"找不到 {corpus_dir}/{split}-*.parquet，请先运行 python prepare_corpus.py")
     for path in paths:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text", "source"]):
-                yield from zip(batch["text"].to_pylist(), batch["source"].to_pylist(), strict=True)
+            file = pq.ParquetFile(path)
+            for i in range(file.num_row_groups):
+                yield file.read_row_group(i, columns=["text", "source"])
         except (pa.ArrowException, KeyError, OSError) as error:
             if getattr(error, "errno", None):            # 真的读不了（没有权限……），不是内容坏了
                 raise
             raise UserError(f"{path} 已损坏（{error}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py") from None
+
+
+def iter_corpus(corpus_dir, split):
+    """逐篇给出 (text, source)；split 是 train 或 eval。一次只有一块在内存里。"""
+    for table in iter_tables(corpus_dir, split):
+        yield from zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True)
 
 
 def read_report(folder, name="report.json"):

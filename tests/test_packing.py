@@ -5,6 +5,8 @@ import math
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SEED, VOCAB_SIZE
@@ -80,14 +82,52 @@ def test_unigram_entropy(work_dir):
     assert 3 < direct < math.log(VOCAB_SIZE)
 
 
-def test_counts_of_long_documents_too(work_dir, tmp_path, monkeypatch, sp):
-    """很长的文档（超过 5,000 token）用另一条路计数，结果一样。"""
-    texts = ["".join(text for text, _ in corpus_of(work_dir, "train")[:150]), "短的一篇"]
-    monkeypatch.setattr(a100_train, "iter_corpus", lambda folder, split: [(text, "x") for text in texts])
-    counts = a100_train.pack_train(None, sp, tmp_path / "train.bin", SEED, 1)
+def write_corpus(folder, shards):
+    """写一个小语料：每个分片是一列文本。"""
+    folder.mkdir()
+    for i, texts in enumerate(shards):
+        table = pa.table({"text": texts, "source": ["x"] * len(texts)})
+        pq.write_table(table, folder / f"train-{i:05d}.parquet", row_group_size=3)
+    return folder
+
+
+def pack_small(folder, sp, seed=SEED):
+    return a100_train.pack_train(folder / "corpus", sp, folder, "语料", "分词器", seed, 1)
+
+
+def test_counts_of_long_documents_and_several_shards(work_dir, tmp_path, sp):
+    """长文档、几个分片、几个行组：计数对，每篇恰好一次。"""
+    long = "".join(text for text, _ in corpus_of(work_dir, "train")[:150])
+    texts = [long, *(f"第 {i} 篇" for i in range(20))]
+    write_corpus(tmp_path / "corpus", [texts[:8], texts[8:9], texts[9:]])
+    counts = pack_small(tmp_path, sp)
     tokens = np.fromfile(tmp_path / "train.bin", dtype=np.uint16)
     assert len(tokens) > 5000
     assert counts.tolist() == np.bincount(tokens, minlength=VOCAB_SIZE).tolist()
+    assert Counter(documents_in(tokens, sp)) == Counter(texts)
+
+
+@pytest.mark.parametrize("damage", [None, "truncate", "flip", "no_note"])
+def test_finished_shards_are_reused_only_when_their_hash_agrees(tmp_path, sp, monkeypatch, damage):
+    """打包中断后：做完的分片沿用，坏了一个字节的重做；结果一样。"""
+    write_corpus(tmp_path / "corpus", [[f"{shard} 的第 {i} 篇" for i in range(7)] for shard in "甲乙丙"])
+    pack_small(tmp_path, sp)
+    expected = (tmp_path / "train.bin").read_bytes()
+    path = tmp_path / "train-00001.tokens"
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(data[:-2])
+    elif damage == "flip":
+        data[3] ^= 1
+        path.write_bytes(data)
+    elif damage == "no_note":
+        path.with_suffix(".json").unlink()
+    encoded, encode = [], a100_train.encode
+    monkeypatch.setattr(a100_train, "encode", lambda sp, texts, threads: encoded.extend(texts) or encode(
+        sp, texts, threads))
+    pack_small(tmp_path, sp)
+    assert encoded == ([] if damage is None else [f"乙 的第 {i} 篇" for i in range(7)])
+    assert (tmp_path / "train.bin").read_bytes() == expected
 
 
 def test_pages_join_back_and_encode_the_same(sp, real_texts):
