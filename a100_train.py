@@ -205,7 +205,6 @@ def read_report(folder, name="report.json"):
         return {}
 
 
-
 def write_text(path, text):
     """先写到旁边再改名：中途断电，原来的文件也还在。"""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -707,6 +706,14 @@ def newest_checkpoint(folder):
     return None
 
 
+def delete_checkpoints(paths):
+    """先改名再删：删到一半被杀，留下的是个隐藏的文件夹，不会被当成检查点；下次开始时收拾掉。"""
+    for path in paths:
+        hidden = path.with_name(f".{path.name}.old")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
 @contextmanager
 def staged_save(staging):
     """存盘失败时删掉半成品；torch 和 safetensors 把“磁盘写满”报成各种异常，这里统一成 OSError。"""
@@ -859,8 +866,7 @@ class GPT2Trainer(Trainer):
                     replace_directory(staging / final.name, final)
             if RANK == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-                for old in sorted_checkpoints(folder)[:-2]:
-                    shutil.rmtree(old)
+                delete_checkpoints(sorted_checkpoints(folder)[:-2])
             self.accelerator.wait_for_everyone()
         self.save_seconds = time.perf_counter() - start
         self.clock += self.save_seconds
@@ -1113,12 +1119,12 @@ class FSDPTrainer(GPT2Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
-        load = {"map_location": "cpu", "weights_only": True}
-        saved = torch.load(Path(checkpoint) / "optimizer.pt", mmap=True, **load)     # mmap：用到哪里读哪里
+        folder = Path(checkpoint)
+        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]    # 按编号排
         saved["state"] = map_states(saved["state"], lambda i, value: spread(value, parameters[i]))
         self.optimizer.load_state_dict(saved)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", **load))
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
 
 def restrict_to_fsdp(speed, args):
@@ -1269,8 +1275,7 @@ def print_summary(config, meta, checkpoint):
         "数据": f"{meta['train_tokens']:,} token = {config['n_blocks']:,} 块，"
                 f"每 token {config['characters_per_token']:.2f} 字",
         "每步": f"{config['effective_batch_size']} 块 × {config['block_size']} = {tokens_per_step:,} token"
-                f"（微批量 "
-                f"{config['batch_size']} × {WORLD_SIZE} 个进程，其余靠梯度累积）",
+                f"（微批量 {config['batch_size']} × {WORLD_SIZE} 个进程，其余靠梯度累积）",
         "步数": f"{config['total_steps']:,}，即 {config['total_steps'] / config['steps_per_epoch']:.2f} 遍"
                 + (f"，从第 {checkpoint_step(checkpoint)} 步接着训练" if checkpoint else ""),
         "时间": f"至少 {seconds / 60:.1f} 分钟（{config['peak_source']}每秒 {config['peak_flops'] / 1e12:.2f} T 次，"
@@ -1320,11 +1325,12 @@ def make_plan(args, explicit):
     check_disk(work_dir, config["parameters"] * (3 * 12 + 4), "检查点")
     if args.fresh:
         shutil.rmtree(work_dir / "final_model", ignore_errors=True)
-    shutil.rmtree(work_dir / "checkpoints" / ".staging", ignore_errors=True)      # 存到一半被杀留下的
-    for path in sorted_checkpoints(work_dir / "checkpoints"):      # --fresh 不要的和不完整的，留着会占位置
-        if path != checkpoint and (checkpoint is None or checkpoint_step(path) > checkpoint_step(checkpoint)
-                                   or checkpoint_problem(path)):
-            shutil.rmtree(path)
+    folder, start_step = work_dir / "checkpoints", checkpoint_step(checkpoint) if checkpoint else -1
+    for leftover in folder.glob(".*"):                       # 存到一半、删到一半被杀留下的
+        shutil.rmtree(leftover, ignore_errors=True)
+    # --fresh 不要的和不完整的；剩下的只留两个
+    delete_checkpoints(path for path in sorted_checkpoints(folder) if checkpoint_step(path) > start_step)
+    delete_checkpoints(sorted_checkpoints(folder)[:-2])
     print_summary(config, meta, checkpoint)
     write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
     return meta, config, checkpoint
