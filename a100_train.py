@@ -21,6 +21,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -1036,7 +1037,8 @@ def train(args, meta, config, checkpoint):
     if trainer.plot is not None:
         trainer.plot.wait()
     if trainer.state.global_step < config["total_steps"]:
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{LAUNCHER} {shlex.join(sys.argv)}")
+        again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{LAUNCHER} {again}")
         return 0 if stop.reason == DEADLINE else 128 + stop.reason
     weights = full_weights(trainer.model)
     if RANK == 0:
@@ -1349,6 +1351,8 @@ def receive_plan(store):
 
 def main():
     transformers.utils.logging.disable_progress_bar()
+    # 微批量、日志间隔与上次不同不要紧，Trainer 却会用英文警告；能不能接着训练由 check_same 判断
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "do not match" not in record.msg)
     plan, store = None, next(dist.rendezvous("env://"))[0] if WORLD_SIZE > 1 else None
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")          # 每行只打印一次

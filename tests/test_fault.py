@@ -162,6 +162,13 @@ def test_three_sessions_equal_one(work_dir, finished, tmp_path, no_plot, capsys)
     assert (folder / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
 
 
+def test_command_to_continue_drops_fresh(work, no_plot, capsys):
+    """第一次带着 --fresh：照印出来的命令再跑，不能又从头开始。"""
+    assert call(a100_train, "--work_dir", work, *TINY, "--fresh", "--max_hours", 1e-6) == 0
+    command = capsys.readouterr().out.split("接着训练：")[1]
+    assert "--fresh" not in command and "--max_hours" in command
+
+
 def test_deadline_leaves_time_to_save():
     """离时限还剩 60 秒：收尾要 50 秒就再做一步，要 70 秒就停。"""
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
