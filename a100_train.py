@@ -21,6 +21,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -47,6 +48,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
@@ -63,7 +66,9 @@ from transformers.trainer import safe_globals
 FORMAT = 1                           # 工作目录的格式版本
 START = time.time()                  # --max_hours 从这里算起
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun 设的
-LAUNCHER = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if WORLD_SIZE > 1 else "python"
+FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"         # accelerate launch --config_file fsdp.yaml 设的
+LAUNCHER = (f"accelerate launch --config_file fsdp.yaml --num_processes {WORLD_SIZE}" if FSDP else
+            f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if WORLD_SIZE > 1 else "python")
 DEADLINE = 1                         # “到时间了”，与信号编号（SIGINT 2、SIGTERM 15）放在一起比较
 PRESETS = {
     "full": dict(corpus=["wiki", "zhihu"], vocab_size=32_000,
@@ -749,7 +754,7 @@ def generate_samples(model, tokenizer, seed, block_size):
             ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=model.device)
             length = min(64, block_size - ids.size(1))
             output = model.generate(ids, attention_mask=torch.ones_like(ids),
-                                    generation_config=sampling_config(length))
+                                    generation_config=sampling_config(length), synced_gpus=FSDP)
             samples.append((prompt, tokenizer.decode(output[0], skip_special_tokens=True)))
     return samples
 
@@ -803,6 +808,14 @@ def newest_checkpoint(folder):
             return path
         print(f"跳过不完整的检查点 {path}（{problem}）")
     return None
+
+
+def delete_checkpoints(paths):
+    """先改名再删：删到一半被杀，留下的是个隐藏的文件夹，不会被当成检查点；下次开始时收拾掉。"""
+    for path in paths:
+        hidden = path.with_name(f".{path.name}.old")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 @contextmanager
@@ -957,8 +970,7 @@ class GPT2Trainer(Trainer):
                     replace_directory(staging / final.name, final)
             if RANK == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-                for old in sorted_checkpoints(folder)[:-2]:
-                    shutil.rmtree(old)
+                delete_checkpoints(sorted_checkpoints(folder)[:-2])
             self.accelerator.wait_for_everyone()
         self.save_seconds = time.perf_counter() - start
         self.clock += self.save_seconds
@@ -1025,7 +1037,8 @@ class Progress(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if torch.stack(torch._foreach_norm(gradients)).sum().isfinite():
+        total = torch.stack(torch._foreach_norm(gradients)).sum()
+        if (total.full_tensor() if isinstance(total, DTensor) else total).isfinite():    # FSDP：各进程要一致
             self.bad_in_a_row = 0
             return
         model.zero_grad(set_to_none=True)            # 没有梯度，优化器就什么也不做
@@ -1058,11 +1071,14 @@ def training_arguments(args, speed, batch_size, steps):
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=args.effective_batch_size // (batch_size * WORLD_SIZE),
         ddp_find_unused_parameters=False,
+        # FSDP：每个微批量都把梯度切开放；攒到最后才切，每张卡要多放一份完整的梯度
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": FSDP}},
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_schedule,
         warmup_steps=round(steps * args.warmup_ratio), weight_decay=args.weight_decay,
         adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
         optim="adamw_torch" if speed["optimizer"] == "muon" else speed["optimizer"],
-        bf16=speed["precision"] == "bf16", fp16=speed["precision"] == "fp16", tf32=speed["tf32"] or None,
+        bf16=speed["precision"] == "bf16" and not FSDP,              # FSDP 时见 build_trainer
+        fp16=speed["precision"] == "fp16", tf32=speed["tf32"] or None,
         torch_compile=speed["compile"], use_cpu=speed["device"] == "cpu",
         dataloader_num_workers=args.num_workers, dataloader_pin_memory=speed["device"] == "cuda",
         remove_unused_columns=False, logging_steps=args.logging_steps,
@@ -1086,9 +1102,13 @@ def build_trainer(args, meta, config, checkpoint, batch_size):
         model.gradient_checkpointing_enable()
     dataset = BlockStream(args.work_dir / "packed" / "train.bin", args.block_size,
                           steps * args.effective_batch_size, args.seed)
-    trainer = GPT2Trainer(model, training_arguments(args, speed, batch_size, steps), data_collator=pass_batch,
-                          train_dataset=dataset, eval_dataset=dataset)
+    trainer = (FSDPTrainer if FSDP else GPT2Trainer)(
+        model, training_arguments(args, speed, batch_size, steps), data_collator=pass_batch,
+        train_dataset=dataset, eval_dataset=dataset)
     trainer.args.eval_on_start = checkpoint is None
+    if FSDP and speed["precision"] == "bf16":
+        # accelerate 的 FSDP 混合精度把权重、残差、损失都换成 bf16；这里只用 autocast，和一张卡时一样
+        model.forward = torch.autocast(speed["device"], torch.bfloat16)(model.forward)
     trainer.setup(args.work_dir, config, meta, checkpoint_step(checkpoint) if checkpoint else 0)
     trainer.price_per_hour = args.price_per_hour
     return trainer
@@ -1120,10 +1140,12 @@ def train(args, meta, config, checkpoint):
     if trainer.plot is not None:
         trainer.plot.wait()
     if trainer.state.global_step < config["total_steps"]:
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{LAUNCHER} {shlex.join(sys.argv)}")
+        again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{LAUNCHER} {again}")
         return 0 if stop.reason == DEADLINE else 128 + stop.reason
+    weights = full_weights(trainer.model)
     if RANK == 0:
-        save_final_model(args.work_dir, trainer.model, trainer.tokenizer)
+        save_final_model(args.work_dir, trainer.model, weights, trainer.tokenizer)
         if trainer.plot is None and (plot := plot_curve(args.work_dir, None)):
             plot.wait()                      # 上次只差收尾就被打断了，图没有画完
     print(f"完成。模型 {args.work_dir / 'final_model'}，曲线 {args.work_dir / 'loss_curve.png'}，"
@@ -1133,22 +1155,100 @@ def train(args, meta, config, checkpoint):
     return 0
 
 
-def save_final_model(work_dir, model, tokenizer):
+def save_final_model(work_dir, model, weights, tokenizer):
     """写 final_model/：权重、配置、生成设置、分词器；再真的加载一遍，确认别人也能用。"""
     lock, staging = open_output_directory(work_dir / "final_model", "config.json")
     with lock, staged_save(staging):
         model.config.use_cache, model.config.pad_token_id = True, PAD
         model.generation_config = sampling_config(max_new_tokens=100)
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state_dict=dict(weights))       # 一份拷贝：它边存边从里面拿走
         tokenizer.save_pretrained(staging)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(staging)
-        pairs = zip(model.parameters(), loaded.parameters(), strict=True)
-        if not all(torch.equal(trained.cpu(), read_back) for trained, read_back in pairs):
+        if not all(torch.equal(weights[name].cpu(), p) for name, p in loaded.named_parameters()):
             raise RuntimeError(f"{staging} 读回来的权重和训练的不一样：磁盘可能坏了，检查点仍在 checkpoints/")
         replace_directory(staging, work_dir / "final_model")
 
 
-# ==== 8. 主程序 ====
+# ==== 8. FSDP：一张卡放不下的模型 ====
+
+# 用 fsdp.yaml 启动时生效：每个参数（连同它的梯度和优化器状态）切开放在各进程（DTensor），用到一层时才把它拼起来。
+
+def gather(value):
+    """切开的张量 -> 0 号进程上完整的一份（CPU 内存），别的进程得到 None；没切开的原样返回。各进程要一起调用。"""
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if RANK == 0 else None
+
+
+def spread(value, parameter):
+    """完整的张量 -> 与 parameter 同样切开；不是和它同样大小的（优化器的步数等）原样返回。
+
+    每个进程从自己读到的完整张量里取自己那一份，不用通信。
+    """
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)
+
+
+def full_weights(model):
+    """{名字: 完整的权重}；输出层与词向量共用的矩阵只有一份。FSDP 时各进程要一起调用，只有 0 号拿到权重。"""
+    return {name: gather(p.detach()) for name, p in model.named_parameters()}
+
+
+def map_states(states, function):
+    """对优化器状态 {参数编号: {名字: 值}} 里的每个值调用 function(参数编号, 值)。"""
+    return {i: {name: function(i, value) for name, value in state.items()} for i, state in states.items()}
+
+
+class FSDPTrainer(GPT2Trainer):
+    """存盘时把切开的张量拼起来，读回时再切开：检查点和一个进程存的格式一样，换进程数、换回 DDP 都能接着训练。"""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self._save(output_dir, full_weights(self.model))            # 只有 0 号进程真的写
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        saved = self.optimizer.state_dict()
+        saved["state"] = map_states(saved["state"], lambda i, value: gather(value))
+        if RANK == 0:
+            torch.save(saved, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        for name, p in self.model.named_parameters():
+            p.copy_(spread(weights[name], p))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]    # 按编号排
+        saved["state"] = map_states(saved["state"], lambda i, value: spread(value, parameters[i]))
+        self.optimizer.load_state_dict(saved)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+
+def restrict_to_fsdp(speed, args):
+    """FSDP 时的加速设置：自动选的换成 FSDP 下测过的；明说了别的就报错。就地修改 speed。"""
+    if speed["device"] == "cpu":
+        raise UserError("fsdp.yaml 要 CUDA 显卡：没有显卡时 accelerate 会悄悄改用 DDP，参数并没有切开；CPU 上改用 "
+                        "torchrun --nproc_per_node=进程数 a100_train.py")
+    if speed["precision"] == "fp16":
+        raise UserError("FSDP 只支持 bf16 和 fp32，--precision 是 fp16；V100、T4 上加 --precision fp32，"
+                        "或改用 torchrun（DDP）")
+    for name, key, tested in (("optim", "optimizer", ("adamw_torch_fused", "adamw_torch")),
+                              ("compile", "compile", (False,)), ("liger", "liger", (False,))):
+        if speed[key] not in tested and getattr(args, name) not in ("auto", None):
+            raise UserError(f"FSDP 不支持 --{name} {speed[key]}：优化器要用 adamw_torch_fused 或 adamw_torch，"
+                            f"compile 和 liger 要关；改掉它，或改用 torchrun（DDP）")
+        speed[key] = speed[key] if speed[key] in tested else tested[0]
+
+
+# ==== 9. 主程序 ====
 
 def parse_arguments():
     parser = ArgumentParser(description="第 3 步：训练中文 GPT-2", allow_abbrev=False)
@@ -1280,8 +1380,7 @@ def print_summary(config, meta, checkpoint):
         "数据": f"{meta['train_tokens']:,} token = {config['n_blocks']:,} 块，"
                 f"每 token {config['characters_per_token']:.2f} 字",
         "每步": f"{config['effective_batch_size']} 块 × {config['block_size']} = {tokens_per_step:,} token"
-                f"（微批量 "
-                f"{config['batch_size']} × {WORLD_SIZE} 个进程，其余靠梯度累积）",
+                f"（微批量 {config['batch_size']} × {WORLD_SIZE} 个进程，其余靠梯度累积）",
         "步数": f"{config['total_steps']:,}，即 {config['total_steps'] / config['steps_per_epoch']:.2f} 遍"
                 + (f"，从第 {checkpoint_step(checkpoint)} 步接着训练" if checkpoint else ""),
         "时间": f"至少 {seconds / 60:.1f} 分钟（{config['peak_source']}每秒 {config['peak_flops'] / 1e12:.2f} T 次，"
@@ -1308,6 +1407,8 @@ def make_plan(args, explicit):
     speed = None if args.prepare_only else choose_speed(
         args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger,
         demo=args.preset == "demo")
+    if FSDP and speed:
+        restrict_to_fsdp(speed, args)
     checkpoint = None if args.fresh else newest_checkpoint(work_dir / "checkpoints")
     old = read_config(work_dir) if checkpoint else None
     if checkpoint and speed:
@@ -1329,11 +1430,12 @@ def make_plan(args, explicit):
     check_disk(work_dir, config["parameters"] * (3 * 12 + 4), "检查点")
     if args.fresh:
         shutil.rmtree(work_dir / "final_model", ignore_errors=True)
-    shutil.rmtree(work_dir / "checkpoints" / ".staging", ignore_errors=True)      # 存到一半被杀留下的
-    for path in sorted_checkpoints(work_dir / "checkpoints"):      # --fresh 不要的和不完整的，留着会占位置
-        if path != checkpoint and (checkpoint is None or checkpoint_step(path) > checkpoint_step(checkpoint)
-                                   or checkpoint_problem(path)):
-            shutil.rmtree(path)
+    folder, start_step = work_dir / "checkpoints", checkpoint_step(checkpoint) if checkpoint else -1
+    for leftover in folder.glob(".*"):                       # 存到一半、删到一半被杀留下的
+        shutil.rmtree(leftover, ignore_errors=True)
+    # --fresh 不要的和不完整的；剩下的只留两个
+    delete_checkpoints(path for path in sorted_checkpoints(folder) if checkpoint_step(path) > start_step)
+    delete_checkpoints(sorted_checkpoints(folder)[:-2])
     print_summary(config, meta, checkpoint)
     write_text(work_dir / "config.json", json.dumps(config, ensure_ascii=False, indent=1))
     return meta, config, checkpoint
@@ -1352,6 +1454,8 @@ def receive_plan(store):
 
 def main():
     transformers.utils.logging.disable_progress_bar()
+    # 微批量、日志间隔与上次不同不要紧，Trainer 却会用英文警告；能不能接着训练由 check_same 判断
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "do not match" not in record.msg)
     plan, store = None, next(dist.rendezvous("env://"))[0] if WORLD_SIZE > 1 else None
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")          # 每行只打印一次

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT, call, environment, read_jsonl, write_jsonl
 from safetensors.torch import load_file
@@ -38,13 +40,23 @@ def corpus(real_texts, tmp_path_factory):
             for name, texts in real_texts.items()]
 
 
+def launch(*command, **variables):
+    """启动 python -m command...；输出（stdout 和 stderr 在一起）在 .stdout。variables 是另加的环境变量。"""
+    return subprocess.Popen([sys.executable, "-m", *map(str, command)], env=environment() | variables,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                            start_new_session=True)
+
+
 def torchrun(arguments, processes=2, nodes=()):
-    """启动 torchrun；nodes 是多机时的参数。输出（stdout 和 stderr 在一起）在 .stdout。"""
-    nodes = nodes or ("--standalone",)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes,
-               str(ROOT / "a100_train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, encoding="utf-8", start_new_session=True)
+    """启动 torchrun；nodes 是多机时的参数。"""
+    return launch("torch.distributed.run", f"--nproc_per_node={processes}", *(nodes or ("--standalone",)),
+                  ROOT / "a100_train.py", *arguments)
+
+
+def accelerate(script, arguments, **variables):
+    """README 里的 FSDP 命令：accelerate launch --config_file fsdp.yaml --num_processes 2 ...。"""
+    return launch("accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--num_processes", 2,
+                  script, *arguments, **variables)
 
 
 def finish(process, timeout=200):
@@ -193,3 +205,76 @@ def test_bad_arguments_are_reported_once(tmp_path):
     lines = [line for line in output.splitlines() if "错误" in line]
     assert len(lines) == 1 and "2 个进程" in lines[0], output
     assert not (tmp_path / "work/corpus").exists()
+
+
+# ==== FSDP ====
+
+def test_fsdp_one_fsdp_equals_one(one, tmp_path, monkeypatch, capsys):
+    """2 个 FSDP 进程开头，SIGTERM 停下；1 个普通进程接着；再换回 FSDP（加 --gradient_checkpointing）到底。
+
+    与 1 个进程一口气跑完的一样：检查点的格式相同，连优化器状态也一样。
+    """
+    work, script = tmp_path / "work", ROOT / "tests/fsdp_on_cpu.py"
+    prepared(one, work)
+    process = accelerate(script, [*TRAINING, "--work_dir", work], SAMPLES=str(tmp_path / "a"))
+    log, end = work / "train_log.jsonl", time.time() + 150
+    while time.time() < end and process.poll() is None and not (
+            log.exists() and '"step": 5' in log.read_text("utf-8")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    stopped = re.search(r"停在第 (\d+) 步，检查点已存好。接着训练：accelerate launch --config_file fsdp.yaml "
+                        r"--num_processes 2 ", output)
+    assert stopped and 5 <= int(stopped[1]) < STEPS - 2, output
+    with monkeypatch.context() as patch:
+        patch.setattr(a100_train.GPT2Trainer, "reserve_seconds",
+                      lambda self: 1e9 if self.state.global_step == int(stopped[1]) + 2 else 0)
+        assert call(a100_train, *TRAINING, "--work_dir", work, "--max_hours", 100) == 0
+    assert f"从第 {stopped[1]} 步接着训练" in capsys.readouterr().out
+    process = accelerate(script, [*TRAINING, "--work_dir", work, "--gradient_checkpointing"],
+                         SAMPLES=str(tmp_path / "b"))
+    output = finish(process)
+    assert process.returncode == 0 and f"从第 {int(stopped[1]) + 2} 步接着训练" in output, output
+    check_same(work, one)
+    ours, expected = (torch.load(folder / "checkpoints/checkpoint-20/optimizer.pt", weights_only=True)
+                      for folder in (work, one))
+    assert ours["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(ours["state"], expected["state"], atol=1e-4, rtol=0)
+    for name in ("a", "b"):         # 各进程的续写一样长，通信才对得上
+        assert (tmp_path / f"{name}0").read_bytes() == (tmp_path / f"{name}1").read_bytes() != b""
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "final_model")
+    assert type(model) is transformers.GPT2LMHeadModel
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+
+
+def test_fsdp_without_a_gpu_is_refused(one, tmp_path):
+    """没有显卡时 accelerate 会悄悄改用 DDP：一行说清，不训练。"""
+    prepared(one, tmp_path / "work")
+    process = accelerate(ROOT / "a100_train.py", [*TRAINING, "--work_dir", tmp_path / "work"])
+    output = finish(process)
+    lines = [line for line in output.splitlines() if "错误" in line]
+    assert process.returncode != 0 and len(lines) == 1, output
+    assert "DDP" in lines[0] and "torchrun" in lines[0]
+    assert not (tmp_path / "work/config.json").exists()
+
+
+def fsdp_speed(**changes):
+    """(自动选的加速设置, 命令行)：changes 是命令行明说的。"""
+    asked = {"optim": "auto", "compile": None, "liger": None, "precision": "auto"} | changes
+    speed = {"device": "cuda", "precision": "bf16", "optimizer": "adamw_bnb_8bit", "compile": True,
+             "liger": False}
+    chosen = {{"optim": "optimizer"}.get(key, key): value for key, value in changes.items()}
+    return speed | chosen, SimpleNamespace(**asked)
+
+
+def test_fsdp_replaces_automatic_choices():
+    speed, args = fsdp_speed()
+    a100_train.restrict_to_fsdp(speed, args)
+    assert (speed["optimizer"], speed["compile"], speed["precision"]) == ("adamw_torch_fused", False, "bf16")
+
+
+@pytest.mark.parametrize(("name", "value"), [("optim", "muon"), ("optim", "adamw_bnb_8bit"),
+                                             ("compile", True), ("liger", True), ("precision", "fp16")])
+def test_fsdp_refuses_what_was_not_tried(name, value):
+    with pytest.raises(a100_train.UserError, match=rf"--{name} .*{value}"):
+        a100_train.restrict_to_fsdp(*fsdp_speed(**{name: value}))

@@ -83,11 +83,12 @@ def test_differences_are_noticed(work, finished):
 
 
 def test_leftovers_of_a_kill_between_two_renames_are_removed(work, finished, no_plot):
-    """最后一个检查点刚改完名就被杀：.staging 和没删完的旧检查点留着。再跑同一条命令都收拾掉。"""
+    """最后一个检查点刚改完名就被杀：.staging、还没删和没删完的旧检查点留着。再跑同一条命令都收拾掉。"""
     shutil.rmtree(work / "final_model")
     (work / "checkpoints/.staging/checkpoint-3").mkdir(parents=True)
-    (work / "checkpoints/checkpoint-1").mkdir()
-    (work / "checkpoints/checkpoint-1/model.safetensors").touch()
+    (work / "checkpoints/.checkpoint-0.old").mkdir()
+    (work / "checkpoints/.checkpoint-0.old/model.safetensors").touch()
+    shutil.copytree(work / "checkpoints/checkpoint-2", work / "checkpoints/checkpoint-1")
     assert call(a100_train, "--work_dir", work, *TINY) == 0
     assert fault_injection.differences(finished, work) == []
 
@@ -161,6 +162,13 @@ def test_three_sessions_equal_one(work_dir, finished, tmp_path, no_plot, capsys)
     assert (folder / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
 
 
+def test_command_to_continue_drops_fresh(work, no_plot, capsys):
+    """第一次带着 --fresh：照印出来的命令再跑，不能又从头开始。"""
+    assert call(a100_train, "--work_dir", work, *TINY, "--fresh", "--max_hours", 1e-6) == 0
+    command = capsys.readouterr().out.split("接着训练：")[1]
+    assert "--fresh" not in command and "--max_hours" in command
+
+
 def test_deadline_leaves_time_to_save():
     """离时限还剩 60 秒：收尾要 50 秒就再做一步，要 70 秒就停。"""
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
@@ -173,6 +181,58 @@ def test_deadline_leaves_time_to_save():
     finally:
         for which, handler in handlers.items():
             signal.signal(which, handler)
+
+
+# ==== 跑完关机 ====
+
+@pytest.fixture
+def shutdown_log(work, tmp_path, monkeypatch):
+    """PATH 最前面放一个假的 shutdown：每次调用记一行，最终模型在不在也记下。"""
+    log, command = tmp_path / "shutdown.log", tmp_path / "bin/shutdown"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\ntest -f '{work}/final_model/model.safetensors' && echo saved >> '{log}' "
+                       f"|| echo missing >> '{log}'\n", "utf-8")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    shutil.rmtree(work / "final_model")
+    return log
+
+
+def test_shutdown_after_the_final_model(work, no_plot, shutdown_log):
+    assert call(a100_train, "--work_dir", work, *TINY, "--shutdown_when_done") == 0
+    assert shutdown_log.read_text("utf-8") == "saved\n"
+
+
+def test_no_shutdown_unless_asked(work, no_plot, shutdown_log):
+    assert call(a100_train, "--work_dir", work, *TINY) == 0
+    assert not shutdown_log.exists()
+
+
+def test_no_shutdown_when_stopped_early(work, no_plot, shutdown_log):
+    """到了 --max_hours 就停：没有训练完，机器要留着（或由使用者自己决定）。"""
+    shutil.rmtree(work / "checkpoints/checkpoint-3")
+    shutil.rmtree(work / "checkpoints/checkpoint-2")
+    assert call(a100_train, "--work_dir", work, *TINY, "--max_hours", 1e-6, "--shutdown_when_done") == 0
+    assert not shutdown_log.exists() and not (work / "final_model").exists()
+
+
+@pytest.mark.parametrize("problem", ["different", "unreadable"])
+def test_no_shutdown_when_the_final_model_is_bad(work, no_plot, shutdown_log, monkeypatch, problem):
+    """写好的模型读回来不一样，或读不回来：报错，不关机，检查点还在。"""
+    original = a100_train.transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(folder):
+        if problem == "unreadable":
+            raise OSError("坏块")
+        model = original(folder)
+        model.transformer.wpe.weight.data[0, 0] += 1
+        return model
+
+    monkeypatch.setattr(a100_train.transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises((RuntimeError, OSError)):
+        call(a100_train, "--work_dir", work, *TINY, "--shutdown_when_done")
+    assert not shutdown_log.exists() and not (work / "final_model").exists()
+    assert a100_train.checkpoint_problem(work / "checkpoints/checkpoint-3") is None
 
 
 # ==== 半成品、别的版本 ====

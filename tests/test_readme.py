@@ -6,6 +6,7 @@ import re
 from conftest import ROOT, read_jsonl
 
 import a100_train
+import doctor
 import train_tokenizer
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -58,9 +59,25 @@ def test_full_model_figures():
     assert train_tokenizer.PRESETS["full"]["vocab_size"] == 32_000 and "32,000 词块" in README
 
 
+def test_processes_figures():
+    measured = json.loads((ROOT / "results/processes.json").read_text("utf-8"))
+    low, high = min(measured["ratios"]), max(measured["ratios"])
+    assert f"**{measured['median_ratio']:.2f} 倍**（三次 {low:.2f} 到 {high:.2f}）" in README
+    assert f"效率 {measured['efficiency']:.0%}".replace("%", " %") in README and measured["date"] in README
+
+
+def test_memory_table(capsys):
+    doctor.print_memory_table()
+    rows = re.findall(r"(\d+) GB +(\d+（[\d.]+ GB）) +(\d+（[\d.]+ GB）)", capsys.readouterr().out)
+    assert len(rows) == 5
+    for size, eight_bit, full in rows:
+        assert f"| {size} GB | {eight_bit} | {full} |" in README
+
+
 def test_every_option_in_the_readme_exists():
     scripts = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
-    others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help"}     # pip、torchrun
+    others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help",
+              "config_file", "num_processes"}                         # pip、torchrun、accelerate
     for option in set(re.findall(r"--(?:\[no-\])?([a-z][a-z_\d]+)", README)) - others:
         assert f'"--{option}"' in scripts, option
 
