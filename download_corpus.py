@@ -192,6 +192,10 @@ def download_dataset(name, platform, folder):
     for attempt in range(1, RETRIES + 1):
         try:
             files = remote_files(platform, name)
+            missing = sum((size or 0) for file, _, size, _ in files if not (folder / file).exists())
+            if shutil.disk_usage(folder).free < missing:
+                raise UserError(f"{folder} 只剩 {shutil.disk_usage(folder).free / 1e9:.1f} GB，下载 {name} 还要 "
+                                f"{missing / 1e9:.1f} GB；清出空间，或用 --output_dir 换一块盘")
             for file, _, size, sha256 in files:
                 download_file(platform, name, file, size, sha256, folder)
             return [file[0] for file in files]
@@ -246,10 +250,11 @@ def fetch(name, source, output_dir):
 
 def main():
     parser = ArgumentParser(description="第 0 步：下载维基百科和知乎", allow_abbrev=False)
+    default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
     parser.add_argument("names", nargs="+", choices=list(DATASETS), metavar="名字", help="wiki、zhihu")
     parser.add_argument("--source", choices=["auto", *PLATFORMS], default="auto",
                         help="从哪里下载；auto 各试几秒，用最快的，不行再换下一个")
-    parser.add_argument("--output_dir", type=Path, default=Path("gpt2-chinese/downloads"), help="写到哪里")
+    parser.add_argument("--output_dir", type=Path, default=Path(default_dir) / "downloads", help="写到哪里")
     args = parser.parse_args()
     # Xet 协议会绕过镜像直连；普通 HTTP 也能断点续传。要在导入 huggingface_hub 之前设
     os.environ["HF_HUB_DISABLE_XET"] = "1"

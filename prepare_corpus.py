@@ -1011,6 +1011,7 @@ def reason_to_rebuild(output_dir, key):
 
 def parse_arguments():
     parser = ArgumentParser(description="第 1 步：整理语料", allow_abbrev=False)
+    default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
     group = parser.add_argument_group("来源与输出")
     group.add_argument("--corpus", nargs="+", action="extend", metavar="SOURCE",
                        help="来源：wiki zhihu demo 或 [名字=]路径")
@@ -1018,7 +1019,7 @@ def parse_arguments():
     group.add_argument("--source", choices=["auto", *PLATFORMS], default="auto",
                        help="wiki、zhihu 从哪里下载：Hub、镜像（HF_ENDPOINT，默认 hf-mirror.com）、ModelScope；auto 都试试")
     group.add_argument("--text_column", help="文本所在的列（默认依次找 text、completion、INSTRUCTION+RESPONSE）")
-    group.add_argument("--output_dir", type=Path, default=Path("gpt2-chinese/corpus"), help="写到哪里")
+    group.add_argument("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
     group.add_argument("--rebuild", action=argparse.BooleanOptionalAction, default=True,
                        help="已有语料过时了就重做；--no-rebuild 则报错停下")
     group.add_argument("--processes", type=number(int, 1, 1024), default=os.cpu_count(), help="用几个进程")

@@ -298,8 +298,9 @@ def print_check(report):
 
 def main():
     parser = ArgumentParser(description="第 2 步：训练分词器", allow_abbrev=False)
-    parser.add_argument("--corpus_dir", type=Path, default=Path("gpt2-chinese/corpus"), help="第 1 步的输出")
-    parser.add_argument("--output_dir", type=Path, default=Path("gpt2-chinese/tokenizer"), help="写到哪里")
+    default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
+    parser.add_argument("--corpus_dir", type=Path, default=Path(default_dir) / "corpus", help="第 1 步的输出")
+    parser.add_argument("--output_dir", type=Path, default=Path(default_dir) / "tokenizer", help="写到哪里")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="没写 --vocab_size 时用多大的词表")
     parser.add_argument("--vocab_size", type=number(int, SMALLEST, 65_536), help="词块数；uint16 装得下 65,536")
     parser.add_argument("--character_coverage", type=number(float, 0.98, 1.0), default=0.9999, help="字符覆盖率")

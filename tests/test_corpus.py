@@ -561,3 +561,13 @@ def test_report_shows_examples(tmp_path, capsys):
     assert 1 <= out.count("【<b>】") <= 5
     report = json.loads((tmp_path / "out/report.json").read_text("utf-8"))
     assert len(report["examples"]["html"]) == 5 and report["examples"]["duplicates"] == ["第 1 篇有标签和正文"] * 2
+
+
+@pytest.mark.parametrize(("documents", "expected"), [(0, 0), (1, 0), (2, 1), (99, 49), (100, 50), (9000, 50),
+                                                     (400_000, 2001), (3_000_000, 10_000)])
+def test_eval_limit_counts(documents, expected):
+    """验证集约 0.5 %，最少 50 篇（不超过一半），最多 10,000 篇。用均匀的哈希代表文档。"""
+    step = 2**64 // max(1, documents)
+    smallest = np.array([i * step + 1 for i in range(min(documents, prepare_corpus.EVAL_MAXIMUM))], dtype=np.uint64)
+    limit = prepare_corpus.eval_limit(documents, smallest)
+    assert int((smallest <= np.uint64(limit)).sum()) == expected

@@ -260,3 +260,10 @@ def test_offline_is_said_at_once(hub, tmp_path):
     """HF_HUB_OFFLINE=1：不重试，一行。"""
     result = run_script("download_corpus.py", "wiki", "--source", "mirror", "--output_dir", tmp_path / "d")
     assert result.returncode == 1 and "第 1/5 次" in result.stdout and "第 2/5 次" not in result.stdout
+
+
+def test_disk_is_checked_before_downloading(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_corpus.shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 1000})())
+    message = error_of(download_corpus, "wiki", "--source", "mirror", "--output_dir", tmp_path / "downloads")
+    assert "只剩 0.0 GB" in message and "--output_dir" in message
+    assert not any("resolve" in path for method, path, _, _ in hub.log if method == "GET")
