@@ -2,7 +2,7 @@
 """数据准备有多快、占多少内存：本项目，和 transformers 的 run_clm 那套 datasets.map 做法，同样的文本，一次跑完。
 
     python benchmarks/data_prep.py --text 语料.jsonl 问答.jsonl --tokenizer gpt2-chinese/tokenizer
-    python benchmarks/data_prep.py --text … --tokenizer … --scales 1 4 16 --full      # 再加一次真实大小：1.26 M 篇、2.4 GB
+    python benchmarks/data_prep.py --text … --tokenizer … --full      # 再加一次真实大小：1.26 M 篇、2.4 GB
 
 --text 的真实文本按句子重新组合，长成几倍大（每篇的句数照原来的分布，句子随机换掉，所以几乎没有重复的文档）。
 每一步都是单独的进程；内存是整个进程树的 RSS 之和的峰值，每 0.1 秒看一次。结果写到 results/data_prep.json 和 .md。
@@ -37,7 +37,8 @@ def read_documents(paths):
     for path in paths:
         for line in open(path, encoding="utf-8"):
             row = json.loads(line)
-            documents.append(row.get("text") or row.get("completion") or f"{row['INSTRUCTION']}\n{row['RESPONSE']}")
+            text = row.get("text") or row.get("completion")
+            documents.append(text or f"{row['INSTRUCTION']}\n{row['RESPONSE']}")
     return documents
 
 
@@ -85,8 +86,8 @@ class Watch(threading.Thread):
 def timed(command, environment=None):
     """运行一条命令，返回 {seconds, peak_rss_mb, written_mb}；失败就停下。"""
     start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | (environment or {}))
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {}))
     watch = Watch(process.pid)
     watch.start()
     out, err = process.communicate()
@@ -120,8 +121,8 @@ def ours(text, tokenizer, work_dir, processes):
     eval_tokens = sum(place["end"] - place["start"] for place in meta["eval_sources"].values())
     return [{"pipeline": "本项目：清洗、去重、切分", "processes": processes, **corpus,
              "disk_mb": folder_mb(work_dir / "corpus"), "documents": documents},
-            {"pipeline": "本项目：编码、打包", "processes": processes, **pack, "disk_mb": folder_mb(work_dir / "packed"),
-             "tokens": tokens + eval_tokens, "tokens_lost": tokens % BLOCK_SIZE,
+            {"pipeline": "本项目：编码、打包", "processes": processes, **pack,
+             "disk_mb": folder_mb(work_dir / "packed"), "tokens": tokens + eval_tokens, "tokens_lost": tokens % BLOCK_SIZE,
              "bytes_per_token": round((work_dir / "packed/train.bin").stat().st_size / tokens, 3)}]
 
 
@@ -153,10 +154,32 @@ def baseline(text, tokenizer, work_dir, processes, tokens):
     """run_clm 的做法：load_dataset、map(分词)、map(拼成块)。没有清洗和去重。"""
     cache = work_dir / "cache"
     result, out = timed([sys.executable, "-c", BASELINE, text, tokenizer, cache, processes, BLOCK_SIZE],
-                        {"HF_HOME": str(work_dir / "hf"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+                        {"HF_HOME": str(work_dir / "hf"), "HF_HUB_OFFLINE": "1",
+                         "TOKENIZERS_PARALLELISM": "false"})
     kept = int(out.split()[-1]) * BLOCK_SIZE
     return [{"pipeline": "run_clm 的做法：分词、拼块", "processes": processes, **result, "disk_mb": folder_mb(cache),
              "tokens": kept, "tokens_lost": tokens - kept}]
+
+
+def extras(text, work_dir, processes):
+    """默认不开的两样：--near_dedup，和 scale/ 的 datatrove 流水线；旁边是同一次跑的默认做法。"""
+    script, rows = [sys.executable, ROOT / "prepare_corpus.py", "--corpus", text, "--processes", processes], []
+    for name, switch in (("默认", []), ("--near_dedup", ["--near_dedup"])):
+        folder = work_dir / name.strip("-")
+        result, _ = timed([*script, "--output_dir", folder, *switch])
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        documents = sum(source["documents"] for source in report["sources"].values())
+        rows.append({"pipeline": f"prepare_corpus.py，{name}", "processes": processes, **result,
+                     "disk_mb": folder_mb(folder), "documents": documents})
+    lines = text.read_text("utf-8").split("\n")
+    parts = [text.with_name(f"part{i}.jsonl") for i in range(processes)]     # 一个任务读一个文件
+    for i, part in enumerate(parts):
+        part.write_text("\n".join(lines[i::processes]), "utf-8")
+    result, _ = timed([sys.executable, ROOT / "scale/pipeline.py", "--corpus", *parts, "--output_dir",
+                       work_dir / "scale", "--tasks", processes, "--workers", processes])
+    rows.append({"pipeline": f"scale/pipeline.py，{processes} 个任务", "processes": processes, **result,
+                 "disk_mb": folder_mb(work_dir / "scale")})
+    return rows
 
 
 # ==== 主程序 ====
@@ -165,14 +188,16 @@ def machine():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}，{os.cpu_count()} 核，{psutil.virtual_memory().total >> 30} GB 内存"
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{names[0] if names else platform.processor()}，{os.cpu_count()} 核，{memory:.0f} GB 内存"
 
 
 def write_results(rows, args, output):
     versions = {name: importlib.metadata.version(name) for name in
                 ("datasets", "transformers", "sentencepiece", "pyarrow", "numpy")}
-    result = {"command": "python benchmarks/data_prep.py " + " ".join(sys.argv[1:]), "date": str(date.today()),
-              "machine": machine(), "versions": versions, "rows": rows}
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]      # 路径只留文件名
+    result = {"command": "python benchmarks/data_prep.py " + " ".join(words),
+              "date": str(date.today()), "machine": machine(), "versions": versions, "rows": rows}
     output.with_suffix(".json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
     lines = ["# 数据准备：速度、内存、磁盘", "", f"`{result['command']}`，{result['date']}，{machine()}；"
              + "，".join(f"{name} {version}" for name, version in versions.items()) + "。", "",
@@ -197,6 +222,8 @@ def main():
     parser.add_argument("--tokenizer", type=Path, required=True, help="train_tokenizer.py 的输出")
     parser.add_argument("--scales", type=int, nargs="*", default=[1, 4, 16], help="长到几倍")
     parser.add_argument("--full", action="store_true", help="再做一次真实大小（只做本项目，和分词器训练）")
+    parser.add_argument("--extras", action="store_true",
+                        help="改为比较默认不开的：--near_dedup 和 scale/（配 --output results/data_prep_extras）")
     parser.add_argument("--folder", type=Path, default=Path("data-prep-bench"), help="临时文件放哪里，完了删掉")
     parser.add_argument("--output", type=Path, default=ROOT / "results/data_prep", help="结果")
     args = parser.parse_args()
@@ -211,6 +238,11 @@ def main():
         text = args.folder / "text.jsonl"
         written, count = grow(documents, text, size, number, seed=0)
         where = {"scale": scale, "text_mb": written / 1e6, "input_documents": count}
+        if args.extras:
+            rows += [where | row for row in extras(text, args.folder, cores)]
+            print(*rows[-3:], sep="\n", flush=True)
+            write_results(rows, args, args.output)
+            continue
         for processes in sorted({1, cores}) if scale == "1x" else [cores]:
             found = ours(text, args.tokenizer, args.folder / f"ours{processes}", processes)
             if processes == cores and scale == "真实大小":
@@ -220,7 +252,8 @@ def main():
                 found.append({"pipeline": "本项目：训练分词器（32,000 词块）", "processes": processes, **trained,
                               "disk_mb": folder_mb(args.folder / "tokenizer")})
             elif processes == cores:
-                found += baseline(text, args.tokenizer, args.folder / "baseline", processes, found[1]["tokens"])
+                found += baseline(text, args.tokenizer, args.folder / "baseline", processes,
+                                  found[1]["tokens"])
             rows += [where | row for row in found]
             print(*rows[-len(found):], sep="\n", flush=True)
             write_results(rows, args, args.output)

@@ -6,7 +6,8 @@
 
     pip install "datatrove>=0.10,<0.11"
     python scale/pipeline.py --corpus 网页/*.jsonl --output_dir /共享/语料 --tasks 8 --workers 2
-    python scale/pipeline.py --corpus 网页/*.jsonl --output_dir /共享/语料 --tasks 500 --executor slurm --partition cpu
+    python scale/pipeline.py --corpus 网页/*.jsonl --output_dir /共享/语料 --tasks 500 \\
+                             --executor slurm --partition cpu
 
 清洗和切分的规则从 prepare_corpus.py 导入，去重、任务、日志、断点都是 datatrove 的。四个阶段，每个阶段 --tasks 个任务：
     1 clean   读、清洗，写 cleaned/；每篇一个 64 位签名
@@ -106,7 +107,8 @@ class CountHashes(PipelineStep):
             hashes.append(prepare_corpus.hash64(document.text))
             if len(hashes) > 2 * prepare_corpus.EVAL_MAXIMUM:
                 smallest[source] = sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM]
-        smallest = {source: sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM] for source, hashes in smallest.items()}
+        smallest = {source: sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM]
+                    for source, hashes in smallest.items()}
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         (Path(self.folder) / f"{rank:05d}.json").write_text(json.dumps([counts, smallest]), "utf-8")
 
@@ -167,8 +169,8 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
     logs = str(Path(logs) / name)
     if kind == "slurm":
         from datatrove.executor.slurm import SlurmPipelineExecutor
-        return SlurmPipelineExecutor(pipeline, tasks, time=f"{hours}:00:00", partition=partition, workers=workers,
-                                     job_name=name, logging_dir=logs, depends=depends)
+        return SlurmPipelineExecutor(pipeline, tasks, time=f"{hours}:00:00", partition=partition,
+                                     workers=workers, job_name=name, logging_dir=logs, depends=depends)
     if kind == "ray":
         from datatrove.executor.ray import RayPipelineExecutor
         return RayPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
@@ -178,14 +180,15 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
 def main():
     parser = prepare_corpus.ArgumentParser(description="用 datatrove 分布式地整理语料", allow_abbrev=False)
     number = prepare_corpus.number
-    parser.add_argument("--corpus", nargs="+", required=True, metavar="SOURCE", help="[名字=]路径，见 prepare_corpus.py")
+    parser.add_argument("--corpus", nargs="+", required=True, metavar="SOURCE",
+                        help="[名字=]路径，见 prepare_corpus.py")
     parser.add_argument("--output_dir", type=Path, required=True, help="写到哪里；多台机器时要是共享的")
     parser.add_argument("--tasks", type=number(int, 1, 60_000), default=1, help="分成几个任务")
     parser.add_argument("--workers", type=number(int, -1), default=-1, help="同时跑几个任务；-1 是全部")
     parser.add_argument("--skip_cleaning", nargs="+", default=[], choices=list(prepare_corpus.CLEANING),
                         help="不做哪几步清洗")
-    parser.add_argument("--minimum_characters", type=number(int, 1), default=prepare_corpus.MINIMUM_CHARACTERS,
-                        help="丢掉短于几个字的文档")
+    parser.add_argument("--minimum_characters", type=number(int, 1),
+                        default=prepare_corpus.MINIMUM_CHARACTERS, help="丢掉短于几个字的文档")
     parser.add_argument("--executor", choices=["local", "slurm", "ray"], default="local", help="在哪里跑")
     parser.add_argument("--partition", help="Slurm 的分区")
     parser.add_argument("--hours", type=number(int, 1, 10_000), default=24, help="Slurm 每个任务最多几小时")
@@ -201,8 +204,8 @@ def main():
     executor = None
     for name, pipeline in stages(files, args.output_dir, tuple(args.skip_cleaning), args.minimum_characters,
                                  args.tasks):
-        executor = make_executor(args.executor, name, pipeline, args.tasks, args.workers, args.output_dir / "logs",
-                                 executor, args.partition, args.hours)
+        executor = make_executor(args.executor, name, pipeline, args.tasks, args.workers,
+                                 args.output_dir / "logs", executor, args.partition, args.hours)
     executor.run()
     print(f"{'提交了' if args.executor == 'slurm' else '写好'} {args.output_dir / 'corpus'}")
 

@@ -568,6 +568,7 @@ def test_report_shows_examples(tmp_path, capsys):
 def test_eval_limit_counts(documents, expected):
     """验证集约 0.5 %，最少 50 篇（不超过一半），最多 10,000 篇。用均匀的哈希代表文档。"""
     step = 2**64 // max(1, documents)
-    smallest = np.array([i * step + 1 for i in range(min(documents, prepare_corpus.EVAL_MAXIMUM))], dtype=np.uint64)
+    hashes = [i * step + 1 for i in range(min(documents, prepare_corpus.EVAL_MAXIMUM))]
+    smallest = np.array(hashes, dtype=np.uint64)
     limit = prepare_corpus.eval_limit(documents, smallest)
     assert int((smallest <= np.uint64(limit)).sum()) == expected

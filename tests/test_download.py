@@ -263,7 +263,8 @@ def test_offline_is_said_at_once(hub, tmp_path):
 
 
 def test_disk_is_checked_before_downloading(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download_corpus.shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 1000})())
+    disk = type("Disk", (), {"free": 1000})()
+    monkeypatch.setattr(download_corpus.shutil, "disk_usage", lambda folder: disk)
     message = error_of(download_corpus, "wiki", "--source", "mirror", "--output_dir", tmp_path / "downloads")
     assert "只剩 0.0 GB" in message and "--output_dir" in message
     assert not any("resolve" in path for method, path, _, _ in hub.log if method == "GET")

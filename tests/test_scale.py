@@ -49,12 +49,13 @@ def expected(sources, tmp_path_factory):
 
 
 def command(sources, output_dir, tasks, workers):
-    return [sys.executable, str(ROOT / "scale/pipeline.py"), "--corpus", *sources, "--output_dir", str(output_dir),
-            "--tasks", str(tasks), "--workers", str(workers)]
+    return [sys.executable, str(ROOT / "scale/pipeline.py"), "--corpus", *sources, "--output_dir",
+            str(output_dir), "--tasks", str(tasks), "--workers", str(workers)]
 
 
 def run_pipeline(*arguments):
-    result = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True,
+                            encoding="utf-8", timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -83,5 +84,7 @@ def test_five_tasks_one_of_them_killed_and_rerun(sources, expected, tmp_path):
 
 
 def test_builtin_sources_are_refused_in_one_line(tmp_path):
-    result = subprocess.run(command(["wiki"], tmp_path, 1, 1), env=environment(), capture_output=True, text=True)
-    assert result.returncode == 1 and "download_corpus.py" in result.stderr and "Traceback" not in result.stderr
+    result = subprocess.run(command(["wiki"], tmp_path, 1, 1), env=environment(), capture_output=True,
+                            text=True, encoding="utf-8")
+    assert result.returncode == 1 and "download_corpus.py" in result.stderr
+    assert "Traceback" not in result.stderr
