@@ -162,14 +162,15 @@ def baseline(text, tokenizer, work_dir, processes, tokens):
 
 
 def extras(text, work_dir, processes):
-    """默认不开的两样：--near_dedup，和 scale/ 的 datatrove 流水线；旁边是同一次跑的默认做法。"""
-    script, rows = [sys.executable, ROOT / "prepare_corpus.py", "--corpus", text, "--processes", processes], []
-    for name, switch in (("默认", []), ("--near_dedup", ["--near_dedup"])):
-        folder = work_dir / name.strip("-")
-        result, _ = timed([*script, "--output_dir", folder, *switch])
+    """默认做法用 1 个进程和全部的核；默认不开的两样：--near_dedup，和 scale/ 的 datatrove 流水线。"""
+    script, rows = [sys.executable, ROOT / "prepare_corpus.py", "--corpus", text], []
+    for name, count, switch in (("默认", 1, []), ("默认", processes, []),
+                                ("--near_dedup", processes, ["--near_dedup"])):
+        folder = work_dir / f"{name.strip('-')}{count}"
+        result, _ = timed([*script, "--output_dir", folder, "--processes", count, *switch])
         report = json.loads((folder / "report.json").read_text("utf-8"))
         documents = sum(source["documents"] for source in report["sources"].values())
-        rows.append({"pipeline": f"prepare_corpus.py，{name}", "processes": processes, **result,
+        rows.append({"pipeline": f"prepare_corpus.py，{name}", "processes": count, **result,
                      "disk_mb": folder_mb(folder), "documents": documents})
     lines = text.read_text("utf-8").split("\n")
     parts = [text.with_name(f"part{i}.jsonl") for i in range(processes)]     # 一个任务读一个文件
@@ -240,7 +241,7 @@ def main():
         where = {"scale": scale, "text_mb": written / 1e6, "input_documents": count}
         if args.extras:
             rows += [where | row for row in extras(text, args.folder, cores)]
-            print(*rows[-3:], sep="\n", flush=True)
+            print(*rows[-4:], sep="\n", flush=True)
             write_results(rows, args, args.output)
             continue
         for processes in sorted({1, cores}) if scale == "1x" else [cores]:

@@ -351,11 +351,11 @@ def test_report_adds_up(tmp_path, source):
     assert sorted(texts) == sorted({f"第 {i} 篇" for i in range(200)} | {"有 记号 的", "坏\ufffd字了"})
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_many_chunks_and_shards_give_the_same_corpus(tmp_path, real_texts, monkeypatch, processes):
+@pytest.mark.parametrize(("processes", "kind"), [(1, "jsonl"), (2, "jsonl"), (2, "parquet")])
+def test_many_chunks_and_shards_give_the_same_corpus(tmp_path, real_texts, monkeypatch, processes, kind):
     """块和分片的大小、进程数都不改变结果：同样的文档、同样的次序、同样的切分。"""
     texts = real_texts["news"][:2000] + real_texts["news"][:300] + real_texts["reviews"][:500]
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_packed(tmp_path / f"a.{kind}", encode_rows(kind, texts))
     call(prepare_corpus, "--corpus", source, "--output_dir", tmp_path / "one", "--processes", 1)
     monkeypatch.setattr(prepare_corpus, "CHUNK_BYTES", 40_000)
     monkeypatch.setattr(prepare_corpus, "SHARD_CHUNKS", 3)
