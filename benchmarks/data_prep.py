@@ -203,7 +203,7 @@ def write_results(rows, args, output):
     lines = ["# 数据准备：速度、内存、磁盘", "", f"`{result['command']}`，{result['date']}，{machine()}；"
              + "，".join(f"{name} {version}" for name, version in versions.items()) + "。", "",
              "文本由真实文本的句子重新组合而成。MB 是 UTF-8 文本的字节数 ÷ 10⁶；内存是整个进程树的 RSS 峰值之和"
-             "（含解释器和库；打包进程里 torch 和 transformers 约占一半）；“写盘”是各进程写过的字节，“留下”是最后占的磁盘。"
+             "（含解释器和库；打包进程里 torch 和 transformers 约占一半）；“写盘”是各进程写过的字节（连进程之间传的一起算），“留下”是最后占的磁盘。"
              "“丢失”是拼块时丢掉的 token。", "",
              "| 文本 | 做法 | 进程 | 秒 | MB/s | 内存 MB | 写盘 MB | 留下 MB | token | 丢失 |",
              "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
