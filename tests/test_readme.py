@@ -66,6 +66,21 @@ def test_processes_figures():
     assert f"效率 {measured['efficiency']:.0%}".replace("%", " %") in README and measured["date"] in README
 
 
+def test_data_preparation_figures():
+    rows = json.loads((ROOT / "results/data_prep.json").read_text("utf-8"))["rows"]
+    full = [row for row in rows if row["scale"] == "真实大小"]
+    assert full[0]["input_documents"] == 1_260_765 and full[0]["text_mb"] > 2390
+    for row in full:
+        assert f"{row['seconds']:.1f} |" in README and f"| {row['peak_rss_mb']:,} MB |" in README
+        assert row["peak_rss_mb"] <= 1500
+    for row in full[:2]:
+        assert f"| {row['text_mb'] / row['seconds']:.1f} | {row['peak_rss_mb']:,} MB |" in README
+    corpus, pack, baseline = (row for row in rows if row["scale"] == "16x")
+    for seconds in (corpus["seconds"] + pack["seconds"], baseline["seconds"]):
+        assert f"{seconds:.1f} 秒" in README
+    assert f"{baseline['peak_rss_mb']:,} MB" in README and f"{baseline['disk_mb']:,} MB" in README
+
+
 def test_memory_table(capsys):
     doctor.print_memory_table()
     rows = re.findall(r"(\d+) GB +(\d+（[\d.]+ GB）) +(\d+（[\d.]+ GB）)", capsys.readouterr().out)
@@ -77,7 +92,7 @@ def test_memory_table(capsys):
 def test_every_option_in_the_readme_exists():
     scripts = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
     others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help",
-              "config_file", "num_processes"}                         # pip、torchrun、accelerate
+              "config_file", "num_processes", "repo"}                 # pip、torchrun、accelerate、hf
     for option in set(re.findall(r"--(?:\[no-\])?([a-z][a-z_\d]+)", README)) - others:
         assert f'"--{option}"' in scripts, option
 
