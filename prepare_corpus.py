@@ -1022,7 +1022,7 @@ def parse_arguments():
     group.add_argument("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
     group.add_argument("--rebuild", action=argparse.BooleanOptionalAction, default=True,
                        help="已有语料过时了就重做；--no-rebuild 则报错停下")
-    group.add_argument("--processes", type=number(int, 1, 1024), default=os.cpu_count(), help="用几个进程")
+    group.add_argument("--processes", type=number(int, 1, 1024), default=os.cpu_count(), help="用几个进程，每个约 0.4 GB 内存")
     group = parser.add_argument_group("清洗")
     group.add_argument("--skip_cleaning", nargs="+", action="extend", choices=[*CLEANING, "all"], default=[],
                        help="不做哪几步：" + "；".join(f"{step} {title}" for step, title in CLEANING.items()))
