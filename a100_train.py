@@ -766,7 +766,8 @@ class GPT2Trainer(Trainer):
             return super().create_optimizer(model)
         groups = muon_groups(self.model, self.args.learning_rate, self.run_config["muon_learning_rate"],
                              self.args.weight_decay)
-        self.optimizer = Muon(groups, lr=self.args.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = Muon(groups, lr=self.args.learning_rate,
+                              betas=(self.args.adam_beta1, self.args.adam_beta2))
         return self.optimizer
 
     def training_step(self, *args, **kwargs):
