@@ -169,7 +169,8 @@ def write_report(path):
     cuda = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     memory = torch.cuda.max_memory_allocated() if cuda else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    path.write_text(json.dumps({"peak_memory_bytes": memory, "memory_kind": "cuda" if cuda else "rss"}), "utf-8")
+    report = {"peak_memory_bytes": memory, "memory_kind": "cuda" if cuda else "rss"}
+    path.write_text(json.dumps(report), "utf-8")
 
 
 def main():

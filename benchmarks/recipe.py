@@ -28,39 +28,43 @@ REFERENCE = "--optim adamw_torch --learning_rate 3e-4 --warmup_ratio 0.17 | args
 ADAMW = "--optim adamw_torch --learning_rate {} --warmup_ratio 0.05"
 MUON = "--optim muon --learning_rate {} --muon_learning_rate {} --warmup_ratio 0.05"
 BEST = MUON.format("1.6e-2", "0.02")                   # 试完学习率以后选定的；下面的都在它上面一次改一处
+LINEAR = BEST + " --lr_schedule linear"                # 其中改了有好处的，采用了
 NO_WARMUP = BEST.replace("0.05", "0")
 # (名字, 种子, 步数, 设置 | 补丁)。先是学习率，再是种子，然后一次改一处
 TRIALS = [
     ("reference", 42, STEPS, REFERENCE),
     ("adamw-3e-3", 42, STEPS, ADAMW.format("3e-3")),
-    ("muon-6e-3", 42, STEPS, MUON.format("6e-3", "0.02")),
-    ("muon", 42, STEPS, BEST),
-    ("muon-3e-3", 42, STEPS, MUON.format("3e-3", "0.02")),
     ("adamw-6e-3", 42, STEPS, ADAMW.format("6e-3")),
     ("adamw-1e-3", 42, STEPS, ADAMW.format("1e-3")),
+    ("muon-3e-3", 42, STEPS, MUON.format("3e-3", "0.02")),
+    ("muon-6e-3", 42, STEPS, MUON.format("6e-3", "0.02")),
+    ("muon", 42, STEPS, BEST),
     ("muon-half", 42, STEPS // 2, BEST),
     ("muon-matrix-0.04", 42, STEPS, MUON.format("1.6e-2", "0.04")),
     ("muon", 43, STEPS, BEST),
     ("reference", 43, STEPS, REFERENCE),
-    ("muon-linear", 42, STEPS, BEST + " --lr_schedule linear"),
+    ("muon-linear", 42, STEPS, LINEAR),
     ("muon-wsd", 42, STEPS, BEST + ' | args.lr_scheduler_type=warmup_stable_decay '
      'args.lr_scheduler_kwargs={"num_decay_steps":120,"decay_type":"linear"}'),
+    ("muon-linear", 43, STEPS, LINEAR),
+    ("muon-linear-half", 42, STEPS // 2, LINEAR),
     ("muon-warmup-0.17", 42, STEPS, BEST.replace("0.05", "0.17")),
     ("muon-no-warmup", 42, STEPS, NO_WARMUP),
+    ("muon-linear", 44, STEPS, LINEAR),
+    ("muon-linear-half", 43, STEPS // 2, LINEAR),
+    ("muon-linear-half", 44, STEPS // 2, LINEAR),
+    ("reference", 44, STEPS, REFERENCE),
     ("muon-beta2-0.99", 42, STEPS, BEST + " | args.adam_beta2=0.99"),
     ("muon-no-decay", 42, STEPS, BEST + " --weight_decay 0"),
-    ("muon", 44, STEPS, BEST),
-    ("reference", 44, STEPS, REFERENCE),
+    ("muon-linear-quarter", 42, STEPS // 4, LINEAR),
     ("muon-documents", 42, STEPS, BEST + " | attention=documents"),
+    ("reference-long", 42, 3 * STEPS, REFERENCE),
     ("muon-z-loss", 42, STEPS, BEST + " | z_loss=1e-4"),
     ("muon-init-0.01", 42, STEPS, BEST + " | config.initializer_range=0.01"),
     ("muon-embedding-x3", 42, STEPS, MUON.format("6e-3", "0.02") + " | embedding_lr=3"),
-    ("muon-half", 43, STEPS // 2, BEST),
-    ("muon-half", 44, STEPS // 2, BEST),
-    ("muon-quarter", 42, STEPS // 4, BEST),
-    ("reference-long", 42, 4 * STEPS, REFERENCE),
+    ("adamw-1e-3-linear", 42, STEPS, ADAMW.format("1e-3") + " --lr_schedule linear"),
+    ("muon", 44, STEPS, BEST),
     ("muon-matrix-0.01", 42, STEPS, MUON.format("1.6e-2", "0.01")),
-    ("muon-2.4e-2", 42, STEPS, MUON.format("2.4e-2", "0.02")),
     ("muon-beta2-0.999", 42, STEPS, BEST + " | args.adam_beta2=0.999"),
     ("muon-decay-0.3", 42, STEPS, BEST + " --weight_decay 0.3"),
 ]
@@ -76,14 +80,15 @@ def run_trial(name, seed, steps, settings, base, work_dir):
     header = {"name": name, "seed": seed, "steps": steps, "settings": settings, **provenance(),
               "error": result["error"], "parameters": config.get("parameters"),
               "arguments": " ".join(map(str, arguments)), "wall_seconds": result["seconds"]}
-    lines, seconds, tokens = [], 0.0, config.get("effective_batch_size", 0) * config.get("block_size", 0)
+    lines, seconds, loss = [], 0.0, None
+    tokens = config.get("effective_batch_size", 0) * config.get("block_size", 0)
     for row in rows:
         if "loss" in row:
-            seconds, loss = row["elapsed_seconds"], row["loss"]
+            seconds, loss = row["elapsed_seconds"], round(row["loss"], 4)
         else:
             lines.append({"step": row["step"], "tokens": row["step"] * tokens, "seconds": seconds,
-                          "train_loss": round(loss, 4) if row["step"] else None, "eval_loss": row["eval_loss"],
-                          "bits_per_char": row["eval_bits_per_char"]})
+                          "train_loss": loss,
+                          "eval_loss": row["eval_loss"], "bits_per_char": row["eval_bits_per_char"]})
     return [header, *lines]
 
 

@@ -306,7 +306,7 @@ def test_damaged_checkpoints_are_recognised(work, name, damage):
         ("--n_embd", 64),
         ("--effective_batch_size", 16),
         ("--seed", 7),
-        ("--optim", "muon"),
+        ("--optim", "adamw_torch"),
         ("--max_steps", 8),
     ],
 )
