@@ -257,7 +257,7 @@ def cpu_name():
 def keep_freed_memory():
     """让 glibc 留住释放的内存，只在 CPU 上训练时用。
 
-    它默认把几十 MB 的大块一释放就还给系统（mmap），下一步再要时逐页清零：演示因此慢三成，见 results/cpu_step.md。
+    它默认把几十 MB 的大块一释放就还给系统（mmap），下一步再要时逐页清零：演示因此慢两成，见 results/cpu_step.md。
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:                              # 不是 glibc 就没有，也不需要
@@ -518,7 +518,33 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
             return {"loss": liger_fused_linear_cross_entropy(
                 hidden.flatten(0, 1), self.lm_head.weight.to(hidden.dtype), labels.flatten())}
         logits = self.lm_head(hidden)                                                  # (B, T, V)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())}
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy，但反向时把 log_softmax 就地改写成梯度：少分配、少清零一份 (B·T, V)。"""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        log_probabilities = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probabilities, labels)
+        return F.nll_loss(log_probabilities, labels)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        log_probabilities, labels = ctx.saved_tensors
+        kept = labels != -100
+        scale = grad_loss / kept.sum()
+        grad = log_probabilities.exp_().mul_(scale)                    # 梯度 = (softmax - 独热) / 个数
+        grad[torch.arange(len(labels)), labels.clamp_min(0)] -= scale
+        return grad if kept.all() else grad.masked_fill_(~kept[:, None], 0), None
+
+
+def cross_entropy(logits, labels):
+    """平均交叉熵；logits 形状 (B·T, V)，labels 形状 (B·T,)，-100 不计。显卡上 torch.compile 自己会融合，用原来的。"""
+    if logits.is_cpu and logits.dtype == torch.float32:
+        return CrossEntropy.apply(logits, labels)
+    return F.cross_entropy(logits.float(), labels)
 
 
 def build_model(vocab_size, n_layer, n_embd, n_head, block_size, attention, liger, seed):

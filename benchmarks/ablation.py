@@ -5,7 +5,8 @@
     python benchmarks/ablation.py --budget_minutes 20     # 到点停，下次从没量过的一行接着来
     python benchmarks/ablation.py --corpus wiki=a.jsonl   # 不能联网时换成自己的文本
 
-写 results/ablation-<设备>.json（每量完一行就写一次）和 .md。每一行是一个新进程里的 a100_train.py；使用者用不着的
+机器会忽快忽慢，所以每次开始、以后每量 8 行，都把“不改”重新量一遍，各行只与最近的一次比；“不改”那一行的最慢–最快因此
+也就是噪声有多大。写 results/ablation-<设备>.json（每量完一行就写一次）和 .md。每一行是一个新进程里的 a100_train.py；使用者用不着的
 开关（有掩码的 sdpa、原版 forward、gelu_new……）由 patched_train.py 的补丁打开。各列：
     token/s    预热以后各段的中位数；编译和预热另列为“首段多花”
     MFU        token/s × (6N + 12·L·d·T) ÷ 峰值，峰值是本机实测的大矩阵乘（显卡 bf16，CPU fp32）
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from common import ROOT, fresh_copy, prepare, provenance, train, write_atomic
 
-CUDA = torch.cuda.is_available()
+CUDA, UNCHANGED = torch.cuda.is_available(), "（不改）"
 SIZES = {
     # 完整模型：与公开参考同样大小，每步 96 × 1,024 = 98,304 token
     "full": dict(flags={"--preset": "full"}, micro=[8, 16, 24, 32, 48, 96], steps=60, window=5),
@@ -45,14 +46,14 @@ REFERENCE_PATCHES = ["forward=transformers", "attention=padding_mask", "config.a
 
 
 def changes(base, size):
-    """要量的每一行：(名字, 改的参数, 加的补丁, 去掉的补丁, 要不要 CUDA)。"""
+    """要量的每一行：(名字, 改的参数, 加的补丁, 去掉的补丁, 要什么设备：False、cuda 或 cpu)。"""
     from_reference = base == "reference"
     mask, forward = "attention=padding_mask", "forward=transformers"
-    yield "（不改）", {}, [], [], False
+    yield UNCHANGED, {}, [], [], False
     yield "注意力 eager", {"--attn": "eager"}, [], [], False
     yield "注意力 sdpa，带 padding 掩码", {"--attn": "sdpa"}, [mask], [], False
     yield "注意力 sdpa，只用 is_causal", {"--attn": "sdpa"}, [], [mask], False
-    yield "注意力 flash_attention_2", {"--attn": "flash_attention_2"}, [], [mask], True
+    yield "注意力 flash_attention_2", {"--attn": "flash_attention_2"}, [], [mask], "cuda"
     yield "损失：原版 forward，另交出 fp32 logits", {}, [forward], [], False
     yield "损失：只返回损失", {}, [], [forward], False
     for kind in ("gelu_new", "gelu_pytorch_tanh", "gelu"):
@@ -61,25 +62,25 @@ def changes(base, size):
     for kind in ("adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch", "muon"):
         yield f"优化器 {kind}", {"--optim": kind}, [], [], False
     for kind in ("bf16", "fp16", "fp32"):
-        yield f"精度 {kind}", {"--precision": kind}, [], [], True
+        yield f"精度 {kind}", {"--precision": kind}, [], [], "cuda"
     yield "精度 bf16（CPU 上，越过检查）", {}, ["args.bf16=true"], [], "cpu"
-    yield "TF32 关（bf16）", {"--no-tf32": True}, [], [], True
-    yield "TF32 关（fp32）", {"--no-tf32": True, "--precision": "fp32"}, [], [], True
-    yield "TF32 开（fp32）", {"--tf32": True, "--precision": "fp32"}, [], [], True
+    yield "TF32 关（bf16）", {"--no-tf32": True}, [], [], "cuda"
+    yield "TF32 关（fp32）", {"--no-tf32": True, "--precision": "fp32"}, [], [], "cuda"
+    yield "TF32 开（fp32）", {"--tf32": True, "--precision": "fp32"}, [], [], "cuda"
     yield "重算激活", {"--gradient_checkpointing": True}, [], [], False
     for kind, name in (("layernorm", "LayerNorm"), ("loss", "输出层 + 交叉熵融合")):
-        yield f"Liger {name}", {"--liger": True}, [f"liger={kind}"], ["liger=layernorm"], True
-    yield "Liger 两样都要", {"--liger": True}, [], ["liger=layernorm"], True
+        yield f"Liger {name}", {"--liger": True}, [f"liger={kind}"], ["liger=layernorm"], "cuda"
+    yield "Liger 两样都要", {"--liger": True}, [], ["liger=layernorm"], "cuda"
     if from_reference:
-        yield "Liger 关", {"--liger": None}, [], ["liger=layernorm"], True
+        yield "Liger 关", {"--liger": None}, [], ["liger=layernorm"], "cuda"
     yield "compile 关", {"--no-compile": True}, [], [], False
     yield "compile 默认模式", {"--compile": True}, [], [], False
     for mode in ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
-        yield f"compile {mode}", {"--compile": True}, [f"args.torch_compile_mode={mode}"], [], True
+        yield f"compile {mode}", {"--compile": True}, [f"args.torch_compile_mode={mode}"], [], "cuda"
     for micro in SIZES[size]["micro"]:
         yield f"微批量 {micro}", {"--batch_size": str(micro)}, [], [], False
     if size == "full":
-        yield "微批量 128（有效批量 128）", {"--batch_size": "128", "--effective_batch_size": "128"}, [], [], True
+        yield "微批量 128（有效批量 128）", {"--batch_size": "128", "--effective_batch_size": "128"}, [], [], "cuda"
     for workers in (0, 2, 4, 8):
         yield f"读数据进程 {workers}", {"--num_workers": str(workers)}, [], [], False
     if not from_reference:
@@ -87,7 +88,6 @@ def changes(base, size):
         yield "词表补到 64 的倍数", {}, ["vocab_extra=pad64"], [], False
         yield "每次前向查 padding", {}, ["config.pad_token_id=0"], [], False
         yield "每个微批量查 NaN", {}, ["args.logging_nan_inf_filter=true"], [], False
-        yield "什么也没改，再来一次（看噪声）", {}, [], [], False
 
 
 def settings(base, size, change):
@@ -138,7 +138,6 @@ def measure(base_dir, arguments, patches, steps, window, peak):
 def table(rows, base):
     """一个出发点的 Markdown 表。"""
     mine = {key.split("/", 1)[1]: row for key, row in rows.items() if key.startswith(f"{base}/")}
-    start = mine.get("（不改）", {}).get("tokens_per_second")
     lines = ["| 改的一处 | token/s（最慢–最快） | 比不改 | 峰值内存 GB | MFU | 首段多花 秒 | 验证损失 |",
              "|---|---:|---:|---:|---:|---:|---:|"]
     for name, row in mine.items():
@@ -146,11 +145,11 @@ def table(rows, base):
             verdict = "失败" if row.get("failed") else "未测"
             lines.append(f"| {name} | {verdict} | | | | | {row['error'].replace('|', '/')} |")
             continue
-        ratio = f"{row['tokens_per_second'] / start:.2f}×" if start else ""
+        ratio = f"{row['tokens_per_second'] / row['unchanged']:.2f}×"
         lines.append(f"| {name} | {row['tokens_per_second']:,.0f}"
                      f"（{row['slowest']:,.0f}–{row['fastest']:,.0f}） | {ratio} | "
                      f"{row['peak_memory_bytes'] / 2**30:.2f} | {row['mfu']:.1%} | "
-                     f"{row['first_window_extra_seconds']:.1f} | {row['eval_loss']:.3f} |")
+                     f"{row['first_window_extra_seconds']:.1f} | {row['eval_loss']:.4f} |")
     return lines
 
 
@@ -175,23 +174,49 @@ def write_results(path, document):
     write_atomic(path.with_suffix(".md"), "\n".join(lines))
 
 
+def waiting(document, base, only):
+    """还没量过（或设置变了）的行：[(键, 参数, 补丁, 要什么设备)]，“不改”不在内。"""
+    found = []
+    for change in changes(base, document["size"]):
+        key, (arguments, patches) = f"{base}/{change[0]}", settings(base, document["size"], change)
+        old = document["rows"].get(key, {})
+        same = (old.get("arguments"), old.get("patches")) == (" ".join(arguments), patches)
+        if change[0] != UNCHANGED and not same and re.search(only or "", key):
+            found.append((key, arguments, patches, change[4]))
+    return found
+
+
+def measure_unchanged(document, base, base_dir):
+    """把“不改”再量一遍，记进它那一行；返回这一次的 token/s。"""
+    arguments, patches = settings(base, document["size"], (UNCHANGED, {}, [], [], False))
+    row = measure(base_dir, arguments, patches, document["steps"], document["window"], document["peak_flops"])
+    if "error" in row:
+        sys.exit(f"错误：什么也不改就跑不起来：{row['error']}")
+    speeds = [*document["rows"].get(f"{base}/{UNCHANGED}", {}).get("repeats", []), row["tokens_per_second"]]
+    middle = statistics.median(speeds)
+    row |= {"tokens_per_second": middle, "slowest": min(speeds), "fastest": max(speeds), "repeats": speeds,
+            "mfu": round(row["mfu"] * middle / speeds[-1], 4), "unchanged": middle,
+            "arguments": " ".join(arguments), "patches": patches, "date": time.strftime("%Y-%m-%d")}
+    rest = {key: value for key, value in document["rows"].items() if key != f"{base}/{UNCHANGED}"}
+    document["rows"] = {f"{base}/{UNCHANGED}": row} | rest
+    return speeds[-1]
+
+
 def run_rows(path, document, base_dir, only, deadline):
-    """量完还没量过（或设置变了）的每一行；到点返回 False。"""
-    steps, window, size = document["steps"], document["window"], document["size"]
+    """量完还没量过的每一行；到点返回 False。"""
     for base in ("default", "reference"):
-        for change in changes(base, size):
-            key, (arguments, patches) = f"{base}/{change[0]}", settings(base, size, change)
-            old = document["rows"].get(key, {})
-            same = (old.get("arguments"), old.get("patches")) == (" ".join(arguments), patches)
-            if same or (only and not re.search(only, key)):
-                continue
+        unchanged, since = None, 0
+        for key, arguments, patches, needs in waiting(document, base, only):
             if time.time() > deadline:
                 return False
-            place = "cuda" if CUDA else "cpu"
-            if change[4] not in (False, place) and not (change[4] is True and CUDA):
-                row = {"error": "没有 CUDA 显卡" if not CUDA else "只在 CPU 上有意义"}
+            if needs is False or needs == ("cuda" if CUDA else "cpu"):
+                if unchanged is None or since == 8:
+                    unchanged, since = measure_unchanged(document, base, base_dir), 0
+                row = measure(base_dir, arguments, patches, document["steps"], document["window"],
+                              document["peak_flops"])
+                row["unchanged"], since = unchanged, since + 1
             else:
-                row = measure(base_dir, arguments, patches, steps, window, document["peak_flops"])
+                row = {"error": "只在 CPU 上有意义" if CUDA else "没有 CUDA 显卡"}
             document["rows"][key] = {"arguments": " ".join(arguments), "patches": patches,
                                      "date": time.strftime("%Y-%m-%d"), **row}
             write_results(path, document)

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +53,10 @@ def patched_forward(self, input_ids=None, labels=None, **kwargs):
         return transformers.GPT2LMHeadModel.forward(self, input_ids, labels=labels, shift_labels=labels,
                                                     use_cache=False, **extra)
     logits = self.lm_head(self.transformer(input_ids, use_cache=False, **extra).last_hidden_state)
-    logits = logits.flatten(0, 1).float()
-    loss = F.cross_entropy(logits, labels.flatten())
+    logits = logits.flatten(0, 1)
+    loss = a100_train.cross_entropy(logits, labels.flatten())
     if self.training and FORWARD["z_loss"]:
-        loss = loss + FORWARD["z_loss"] * logits.logsumexp(-1).square().mean()
+        loss = loss + FORWARD["z_loss"] * logits.float().logsumexp(-1).square().mean()
     return {"loss": loss}
 
 
