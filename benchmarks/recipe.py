@@ -135,6 +135,8 @@ def write_table(folder):
     target_tokens, first = reference[0][1][-1]["tokens"], reference[0][0]
     lines = sorted(summary_line(name, runs, target, target_tokens) for name, runs in trials.items())
     notes = folder / "notes.md"
+    left = [f"{name}（种子 {seed}）" for name, seed, *_ in TRIALS
+            if seed not in [header["seed"] for header, _ in trials.get(name, [])]]
     text = "\n".join([
         "# 配方搜索（CPU 上的小模型）", "",
         "命令：`python benchmarks/recipe.py`。每个试验即 `python benchmarks/patched_train.py [--patch 补丁] -- "
@@ -145,7 +147,7 @@ def write_table(folder):
         f"除以参考用的 {target_tokens:,}；学习率还没有降下来，所以偏大，把同样的步数排完会更少（名字带 half 的就是）。", "",
         *([notes.read_text("utf-8")] if notes.exists() else []),
         "| 试验 | **每字比特** | 范围 | token | 达到参考所需 | 训练秒 | 设置 |", "|---|---:|---|---:|---:|---:|---|",
-        *(line for _, line in lines)])
+        *(line for _, line in lines), "", f"还没有跑的：{'、'.join(left) or '无'}。"])
     write_atomic(folder / "README.md", text + "\n")
 
 
