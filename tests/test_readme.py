@@ -59,7 +59,7 @@ def test_full_model_figures():
 
 
 def test_every_option_in_the_readme_exists():
-    scripts = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
+    scripts = "".join(path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
     others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help"}     # pip、torchrun
     for option in set(re.findall(r"--(?:\[no-\])?([a-z][a-z_\d]+)", README)) - others:
         assert f'"--{option}"' in scripts, option

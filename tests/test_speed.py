@@ -198,7 +198,7 @@ def test_documents_apart_do_not_see_each_other(unpatched):
     second["input_ids"][0, :7] = 9                                   # 改前一篇
     for each in (first, second):
         each["labels"][0, :8] = -100                                 # 只看后一篇的损失
-    assert float(model(**first)["loss"]) == pytest.approx(float(model(**second)["loss"]), abs=1e-6)
+    assert model(**first)["loss"].item() == pytest.approx(model(**second)["loss"].item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("patch", ["forward=transformers", "attention=padding_mask", "z_loss=0.1"])
