@@ -892,7 +892,7 @@ class GPT2Trainer(Trainer):
         samples = generate_samples(self.model, self.tokenizer, config["seed"], config["block_size"])
         if RANK == 0:
             write_samples(self.work_dir, step, metrics["eval_loss"], samples)
-            if step >= self.state.max_steps or time.perf_counter() - self.plotted > 30:     # 画一次要两秒 CPU
+            if step >= self.state.max_steps or time.perf_counter() - self.plotted > 30:     # 画一次要占 CPU 大半秒
                 self.plot, self.plotted = plot_curve(self.work_dir, self.plot), time.perf_counter()
         tqdm.write(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 "
                    f"{metrics['eval_bits_per_char']:.3f} | " + samples[0][1].replace("\n", " ")[:60])
