@@ -16,6 +16,7 @@
 """
 
 import argparse
+import ctypes
 import errno
 import gc
 import hashlib
@@ -74,13 +75,14 @@ PRESETS = {
     "full": dict(corpus=["wiki", "zhihu"], vocab_size=32_000,
                  n_layer=8, n_embd=768, n_head=12, block_size=1024,
                  batch_size=48, effective_batch_size=96,          # 48 × 2 × 1,024 = 98,304 token/步
-                 epochs=2.0, max_steps=0, learning_rate=3e-4, warmup_ratio=0.05, weight_decay=0.1,
-                 logging_steps=10, eval_steps=500),
+                 # 学习率和曲线由小模型上的搜索定（results/recipe/），按宽度换算到 768 维；这个大小上未测
+                 epochs=2.0, max_steps=0, learning_rate=4e-3, adamw_learning_rate=3e-4,
+                 lr_schedule="linear", warmup_ratio=0.05, weight_decay=0.1, logging_steps=10, eval_steps=500),
     # 演示：在两个慢核上几分钟学得最多的一组，比较过的都在 results/demo_recipe.md
     "demo": dict(corpus=["demo"], vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64,
                  batch_size=32, effective_batch_size=32,          # 32 × 64 = 2,048 token/步
-                 epochs=1.0, max_steps=1350, learning_rate=1.6e-2, warmup_ratio=0.05, weight_decay=0.1,
-                 logging_steps=10, eval_steps=225),
+                 epochs=1.0, max_steps=1350, learning_rate=1.6e-2, adamw_learning_rate=3e-3,
+                 lr_schedule="cosine", warmup_ratio=0.05, weight_decay=0.1, logging_steps=10, eval_steps=225),
 }
 REFERENCE_TOKENS = 11_838 * 98_304   # 公开参考的训练量，约 11.6 亿 token；只用来估算时间
 PAD, BOS, EOS = 0, 2, 3               # 特殊 token 的编号，与 train_tokenizer.py 一致
@@ -316,6 +318,24 @@ def peak_flops(device):
     return 2 * size**3 / best, "实测矩阵乘"
 
 
+def cpu_name():
+    """CPU 的型号和线程数：速度只和同样的比。"""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text("utf-8", "replace") if info.exists() else "")
+    return f"CPU（{found[1].strip() if found else '型号不明'}，{torch.get_num_threads()} 线程）"
+
+
+def keep_freed_memory():
+    """让 glibc 留住释放的内存，只在 CPU 上训练时用。
+
+    它默认把几十 MB 的大块一释放就还给系统（mmap），下一步再要时逐页清零：演示因此慢两成，见 results/cpu_step.md。
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:                              # 不是 glibc 就没有，也不需要
+        mallopt(-4, 0)                       # M_MMAP_MAX：大块也从堆里拿
+        mallopt(-1, 1 << 30)                 # M_TRIM_THRESHOLD：堆顶空闲 1 GB 以内不还
+
+
 def check_disk(folder, need, purpose):
     """写之前先看磁盘够不够；need 是字节数。"""
     free = shutil.disk_usage(folder).free
@@ -342,7 +362,7 @@ def installed(package):
     return importlib.util.find_spec(package) is not None
 
 
-def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger, demo):
+def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger):
     """按设备决定精度、注意力、优化器和开关。参数是命令行的原值：None 和 auto 表示自动，办不到就退而求其次并说一声；
 
     明说的办不到就报错。返回字典。
@@ -365,12 +385,8 @@ def choose_speed(device, precision, attention, optimizer, compile_, tf32, liger,
             print("没有装 flash-attn，用 PyTorch 自带的 SDPA（Ampere 及以后的卡上同样是 FlashAttention 核）")
     elif attention == "flash_attention_2" and not flash:
         raise UserError("指定了 --attn flash_attention_2，但它要 Ampere 以后的显卡和 flash-attn 包；改用 --attn sdpa")
-    if optimizer == "auto":
-        bnb = device == "cuda" and installed("bitsandbytes")
-        optimizer = "muon" if demo else "adamw_bnb_8bit" if bnb else "adamw_torch_fused"
-        if device == "cuda" and not bnb and not demo:
-            print("没有装 bitsandbytes，优化器改用 adamw_torch_fused")
-    elif optimizer == "adamw_bnb_8bit" and not installed("bitsandbytes"):
+    optimizer = "muon" if optimizer == "auto" else optimizer
+    if optimizer == "adamw_bnb_8bit" and not installed("bitsandbytes"):
         raise UserError("指定了 --optim adamw_bnb_8bit，但没有装 bitsandbytes：pip install bitsandbytes")
     if tf32 and not ampere:
         raise UserError("指定了 --tf32，但只有 Ampere（如 A100、3090）以后的显卡有 TF32；去掉这个参数")
@@ -609,7 +625,33 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
             return {"loss": liger_fused_linear_cross_entropy(
                 hidden.flatten(0, 1), self.lm_head.weight.to(hidden.dtype), labels.flatten())}
         logits = self.lm_head(hidden)                                                  # (B, T, V)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())}
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy，但反向时把 log_softmax 就地改写成梯度：少分配、少清零一份 (B·T, V)。"""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        log_probabilities = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probabilities, labels)
+        return F.nll_loss(log_probabilities, labels)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        log_probabilities, labels = ctx.saved_tensors
+        kept = labels != -100
+        scale = grad_loss / kept.sum()
+        grad = log_probabilities.exp_().mul_(scale)                    # 梯度 = (softmax - 独热) / 个数
+        grad[torch.arange(len(labels)), labels.clamp_min(0)] -= scale
+        return grad if kept.all() else grad.masked_fill_(~kept[:, None], 0), None
+
+
+def cross_entropy(logits, labels):
+    """平均交叉熵；logits 形状 (B·T, V)，labels 形状 (B·T,)，-100 不计。显卡上 torch.compile 自己会融合，用原来的。"""
+    if logits.is_cpu and logits.dtype == torch.float32:
+        return CrossEntropy.apply(logits, labels)
+    return F.cross_entropy(logits.float(), labels)
 
 
 def build_model(vocab_size, n_layer, n_embd, n_head, block_size, attention, liger, seed):
@@ -665,30 +707,42 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                if group["muon"]:
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    momentum = state["momentum"]
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(momentum, group["momentum"])              # Nesterov
-                    parts = torch.stack(update.chunk(group["split"], dim=1))       # (split, 输入, 输出)
-                    scale = max(1, parts.size(2) / parts.size(1)) ** 0.5
-                    p.add_(torch.cat(orthogonalize(parts).unbind(), dim=1), alpha=-group["lr"] * scale)
-                else:
-                    if not state:
-                        state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                    state["step"] += 1
-                    beta1, beta2 = group["betas"]
-                    correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-                    state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                    state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
-                    denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
-                    p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                (self.muon_step if group["muon"] else self.adamw_step)(group, params)
+
+    def muon_step(self, group, params):
+        """形状相同的矩阵叠在一起正交化：8 层只要几次大的批量矩阵乘，而不是几百次小的。"""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])                   # Nesterov
+        for shape in dict.fromkeys(p.shape for p in params):
+            same = [i for i, p in enumerate(params) if p.shape == shape]
+            stacked = torch.stack([updates[i] for i in same])                              # (n, 输入, 输出)
+            parts = orthogonalize(torch.cat(stacked.chunk(group["split"], dim=2)))         # q、k、v 分开
+            scale = max(1, parts.size(2) / parts.size(1)) ** 0.5
+            directions = torch.cat(parts.chunk(group["split"]), dim=2).unbind()
+            torch._foreach_add_([params[i] for i in same], directions, alpha=-group["lr"] * scale)
+
+    def adamw_step(self, group, params):
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self.state[p]["step"] += 1
+        (beta1, beta2), grads = group["betas"], [p.grad for p in params]
+        states = [self.state[p] for p in params]
+        averages, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - beta2)
+        denominators = torch._foreach_div(squares, [1 - beta2 ** s["step"] for s in states])
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(params, averages, denominators,
+                                [-group["lr"] / (1 - beta1 ** s["step"]) for s in states])
 
 
 def muon_groups(model, learning_rate, muon_learning_rate, weight_decay):
@@ -861,11 +915,13 @@ class GPT2Trainer(Trainer):
         self.skipped_steps, self.window_skipped, self.recent_losses = 0, 0, []
         # 还没存过盘时，按每秒写 100 MB 估计；之后用量到的
         self.save_seconds, self.eval_seconds = config["parameters"] * 12 / 1e8, 0.0
+        self.reference = read_reference(config, self.args.logging_steps)
         self.tokens_per_step = config["effective_batch_size"] * config["block_size"]
         self.model_accepts_loss_kwargs = False       # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
         rows = read_jsonl(work_dir / "train_log.jsonl")
         self.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0.0)
         self.clock, self.clock_step, self.plot = time.perf_counter(), start_step, None
+        self.plotted = self.clock
         self.remove_callback(transformers.PrinterCallback)
 
     def _issue_warnings_after_load(self, load_result):
@@ -881,8 +937,14 @@ class GPT2Trainer(Trainer):
             return super().create_optimizer(model)
         groups = muon_groups(self.model, self.args.learning_rate, self.run_config["muon_learning_rate"],
                              self.args.weight_decay)
-        self.optimizer = Muon(groups, lr=self.args.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = Muon(groups, lr=self.args.learning_rate,
+                              betas=(self.args.adam_beta1, self.args.adam_beta2))
         return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)                     # 裁剪前的范数；Progress 靠它认出坏掉的一步
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm     # FSDP：各进程要一致
+        return norm
 
     def training_step(self, *args, **kwargs):
         # 不是有限数的损失不记进平均值；那一步由 Progress 跳过
@@ -921,7 +983,10 @@ class GPT2Trainer(Trainer):
                     if math.isfinite(logs.get(key, math.nan))}       # JSON 里不能有 NaN
             if self.skipped_steps:
                 row["skipped_steps"] = self.skipped_steps
-            tqdm.write(progress_line(row, self.state.max_steps, self.tokens_per_step, self.price_per_hour))
+            notes = reference_notes(self.reference, step * self.tokens_per_step,
+                                    self.run_config["device_name"])
+            tqdm.write(progress_line(row, self.state.max_steps, self.tokens_per_step, self.price_per_hour,
+                                     notes))
             usual = sum(self.recent_losses[-10:]) / 10
             if len(self.recent_losses) >= 10 and row["loss"] > usual + 0.5:
                 row["spike"] = True
@@ -934,7 +999,7 @@ class GPT2Trainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """验证、续写、重画曲线。这段时间不算进训练速度。多进程时各自算同样的东西，只有 0 号写文件。"""
+        """验证、续写、重画曲线（至多半分钟一次）。这段时间不算进训练速度。多进程时各自算同样的东西，只有 0 号写文件。"""
         start, config, step = time.perf_counter(), self.run_config, self.state.global_step
         metrics = evaluate(self.model, self.work_dir / "packed" / "eval.bin", self.meta["eval_sources"],
                            config["block_size"], min(config["batch_size"], 16), self.args.device)
@@ -943,7 +1008,8 @@ class GPT2Trainer(Trainer):
         samples = generate_samples(self.model, self.tokenizer, config["seed"], config["block_size"])
         if RANK == 0:
             write_samples(self.work_dir, step, metrics["eval_loss"], samples)
-            self.plot = plot_curve(self.work_dir, self.plot)
+            if step >= self.state.max_steps or time.perf_counter() - self.plotted > 30:     # 画一次要占 CPU 大半秒
+                self.plot, self.plotted = plot_curve(self.work_dir, self.plot), time.perf_counter()
         tqdm.write(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 "
                    f"{metrics['eval_bits_per_char']:.3f} | " + samples[0][1].replace("\n", " ")[:60])
         self.eval_seconds = time.perf_counter() - start
@@ -976,14 +1042,37 @@ class GPT2Trainer(Trainer):
         self.clock += self.save_seconds
 
 
-def progress_line(row, max_steps, tokens_per_step, price_per_hour):
+def progress_line(row, max_steps, tokens_per_step, price_per_hour, notes=("", "")):
     speed = row["tokens_per_second"]
     left = (max_steps - row["step"]) * tokens_per_step / speed
     left = f"{left / 3600:.1f} 小时" if left > 5400 else f"{left / 60:.0f} 分钟" if left > 90 else f"{left:.0f} 秒"
     speed = f"{speed / 1000:.0f}k" if speed > 10_000 else f"{speed / 1000:.1f}k"
-    return (f"步 {row['step']}/{max_steps} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | "
-            f"{speed} tok/s | MFU {row['mfu']:.0%} | 剩余 {left}"
+    return (f"步 {row['step']}/{max_steps} | loss {row['loss']:.2f}{notes[0]} | "
+            f"lr {row['learning_rate']:.1e} | {speed} tok/s{notes[1]} | MFU {row['mfu']:.0%} | 剩余 {left}"
             + (f" | 已花 {(time.time() - START) / 3600 * price_per_hour:.2f} 元" if price_per_hour else ""))
+
+
+def read_reference(config, logging_steps):
+    """同样设置、同样数据的参考训练（results/reference_curves.json）；没有那个文件或没有这样的一条，就返回 None。"""
+    try:
+        path = Path(__file__).parent / "results" / "reference_curves.json"
+        for curve in json.loads(path.read_text("utf-8")):
+            known = config | {"logging_steps": logging_steps}
+            same = all(known.get(key) == value for key, value in curve["settings"].items())
+            if same and all(abs(config[key] / value - 1) < 0.01 for key, value in curve["corpus"].items()):
+                return curve
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def reference_notes(curve, tokens, device):
+    """日志里跟在损失和速度后面的两句话；没有参考就是空串。± 是参考的几个种子上单次日志的两倍标准差。"""
+    if curve is None:
+        return "", ""
+    loss, spread = (np.interp(tokens, curve["tokens"], curve[key]) for key in ("loss", "spread"))
+    speed = curve["tokens_per_second"].get(device)
+    return f"（参考 {loss:.2f}±{spread:.2f}）", f"（同型号 {speed / 1000:.1f}k）" if speed else ""
 
 
 def plot_curve(work_dir, previous):
@@ -1036,9 +1125,7 @@ class Progress(TrainerCallback):
                         disable=None if RANK == 0 else True)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        total = torch.stack(torch._foreach_norm(gradients)).sum()
-        if (total.full_tensor() if isinstance(total, DTensor) else total).isfinite():    # FSDP：各进程要一致
+        if self.trainer.gradient_norm.isfinite():
             self.bad_in_a_row = 0
             return
         model.zero_grad(set_to_none=True)            # 没有梯度，优化器就什么也不做
@@ -1117,6 +1204,9 @@ def build_trainer(args, meta, config, checkpoint, batch_size):
 def train(args, meta, config, checkpoint):
     """训练到底，或被信号、时限叫停；返回退出码。显存不够就把微批量减半，从停下的那一步接着来。"""
     batch_size, stop = args.batch_size, StopRequest(args.max_hours)
+    args.learning_rate = config["learning_rate"]         # 由 0 号进程按实际用的优化器定
+    if config["speed"]["device"] == "cpu":
+        keep_freed_memory()
     while True:
         trainer = build_trainer(args, meta, config, checkpoint, batch_size)
         trainer.add_callback(Progress(trainer, stop))
@@ -1273,10 +1363,11 @@ def parse_arguments():
     group.add_argument("--effective_batch_size", type=count, help="有效批量：每步多少块（微批量 × 累积次数）")
     group.add_argument("--epochs", type=positive, help="遍数")
     group.add_argument("--max_steps", type=number(int, 0), help="步数；大于 0 时代替 --epochs")
-    group.add_argument("--learning_rate", type=positive, help="最高学习率")
+    group.add_argument("--learning_rate", type=positive,
+                       help="最高学习率；Muon 时是词向量、偏置和 LayerNorm 的")
     group.add_argument("--muon_learning_rate", type=positive, default=0.02, help="--optim muon 时矩阵的学习率")
     group.add_argument("--warmup_ratio", type=number(float, 0, 1), help="预热占总步数的比例")
-    group.add_argument("--lr_schedule", choices=["cosine", "linear"], default="cosine", help="学习率曲线")
+    group.add_argument("--lr_schedule", choices=["cosine", "linear"], help="学习率怎样降到 0")
     group.add_argument("--weight_decay", type=number(float, 0), help="权重衰减，只作用于矩阵")
     group.add_argument("--max_hours", type=positive, help="到这么多小时前存好检查点停下；再跑同一条命令接着来")
     group.add_argument("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
@@ -1301,9 +1392,10 @@ def parse_arguments():
     group.add_argument("--report_to", default="none", help="同时记到哪个工具",
                        choices=["none", "tensorboard", "swanlab", "trackio", "wandb"])
     args = parser.parse_args()
-    explicit = {"corpus": args.corpus, "vocab_size": args.vocab_size, "max_steps": args.max_steps}
+    explicit = {"corpus": args.corpus, "vocab_size": args.vocab_size, "max_steps": args.max_steps,
+                "learning_rate": args.learning_rate}
     for key, value in PRESETS[args.preset].items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
     return args, explicit
 
@@ -1359,7 +1451,7 @@ def resolve(args, speed, meta):
         "characters_per_token": sum(source["characters"] for source in held_out)
         / sum(source["end"] - source["start"] for source in held_out),
         "preset": args.preset, "batch_size": args.batch_size, "speed": speed,
-        "device_name": torch.cuda.get_device_name() if speed["device"] == "cuda" else "CPU",
+        "device_name": torch.cuda.get_device_name() if speed["device"] == "cuda" else cpu_name(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "transformers": transformers.__version__},
         "command": f"{LAUNCHER} {shlex.join(sys.argv)}"}
@@ -1371,7 +1463,7 @@ def print_summary(config, meta, checkpoint):
     tokens_per_step = config["effective_batch_size"] * config["block_size"]
     seconds = config["total_steps"] * tokens_per_step * config["flops_per_token"] / config["peak_flops"]
     rows = {
-        "设备": f"{config['device_name']}（{torch.get_num_threads()} 个 CPU 线程），精度 {speed['precision']}",
+        "设备": f"{config['device_name']}，精度 {speed['precision']}",
         "版本": f"torch {torch.__version__}，transformers {transformers.__version__}",
         "加速": f"注意力 {speed['attention']}，优化器 {speed['optimizer']}，compile {switch[speed['compile']]}，"
                 f"TF32 {switch[speed['tf32']]}，Liger {switch[speed['liger']]}",
@@ -1405,10 +1497,11 @@ def make_plan(args, explicit):
     """准备数据，决定从哪里开始、用什么设置。返回 (meta, config, checkpoint)；没有可训练的就返回 None。"""
     work_dir = args.work_dir
     speed = None if args.prepare_only else choose_speed(
-        args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger,
-        demo=args.preset == "demo")
+        args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger)
     if FSDP and speed:
         restrict_to_fsdp(speed, args)
+    if speed and speed["optimizer"] != "muon" and explicit["learning_rate"] is None:
+        args.learning_rate = args.adamw_learning_rate
     checkpoint = None if args.fresh else newest_checkpoint(work_dir / "checkpoints")
     old = read_config(work_dir) if checkpoint else None
     if checkpoint and speed:

@@ -375,6 +375,7 @@ def memory_needed(batch_size, eight_bit):
 
     N × (权重 4 + 梯度 4 + 半精度副本 2) + 优化器 + B·T × (36·L·d + 12·V) + 1 GB（CUDA 上下文、碎片）
     优化器：32 位 AdamW 每参数 8 字节；8 位每参数 2 字节，但词向量和位置向量仍是 8。
+    默认的 Muon：矩阵每参数 4 字节（动量），词向量和位置向量 8，在两者之间。
     36·d 是每层每 token 存下的激活：两处残差（fp32）8d，半精度的两次归一化 4d、qkv 6d、注意力输出 2d、MLP 中间 16d；
     12·V 是反向到 logits 时的三份 fp32：log_softmax、它的梯度和上游的梯度。
     """
@@ -386,7 +387,7 @@ def memory_needed(batch_size, eight_bit):
 
 def print_memory_table():
     """每种显存放得下的最大微批量：有效批量 96 的约数里最大的。"""
-    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测\n"
+    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测；默认的 Muon 在两者之间\n"
           "显存     8 位 AdamW       32 位 AdamW")
     for size in (8, 16, 24, 40, 80):
         row = f"{size:>2} GB"

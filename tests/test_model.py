@@ -23,7 +23,7 @@ def tiny_model(attention="sdpa", seed=0, **changes):
 
 
 def speed_for(optimizer):
-    return a100_train.choose_speed("cpu", "auto", "auto", optimizer, None, None, None, False)
+    return a100_train.choose_speed("cpu", "auto", "auto", optimizer, None, None, None)
 
 
 def random_batch(rows=4, columns=16, seed=0):
@@ -283,7 +283,7 @@ def test_weight_decay_only_on_matrices(tmp_path, optimizer):
 
 
 def test_training_arguments_defaults(tmp_path):
-    """β 0.9/0.95、裁剪 1.0、余弦；微批量 × 累积 = 有效批量；不让每个微批量都等 GPU。"""
+    """β 0.9/0.95、裁剪 1.0；微批量 × 累积 = 有效批量；不让每个微批量都等 GPU。"""
     import argparse
     args = argparse.Namespace(seed=1, **(a100_train.PRESETS["full"] | dict(
         work_dir=tmp_path, lr_schedule="cosine", num_workers=0, report_to="none")))

@@ -90,7 +90,7 @@ def test_memory_table(capsys):
 
 
 def test_every_option_in_the_readme_exists():
-    scripts = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
+    scripts = "".join(path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
     others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help",
               "config_file", "num_processes", "repo"}                 # pip、torchrun、accelerate、hf
     for option in set(re.findall(r"--(?:\[no-\])?([a-z][a-z_\d]+)", README)) - others:

@@ -137,7 +137,7 @@ def test_final_model_loads_without_our_code(finished):
     assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 2, 3)
     assert model.config.use_cache is True
     pipeline = transformers.pipeline("text-generation", str(finished[0] / "final_model"), device="cpu")
-    text = pipeline("中国的历史", max_new_tokens=5)[0]["generated_text"]
+    text = pipeline("中国的历史", min_new_tokens=5, max_new_tokens=5, do_sample=False)[0]["generated_text"]
     assert text.startswith("中国的历史") and len(text) > len("中国的历史")
 
 
@@ -306,7 +306,7 @@ def test_damaged_checkpoints_are_recognised(work, name, damage):
         ("--n_embd", 64),
         ("--effective_batch_size", 16),
         ("--seed", 7),
-        ("--optim", "muon"),
+        ("--optim", "adamw_torch"),
         ("--max_steps", 8),
     ],
 )
