@@ -337,7 +337,8 @@ def read_batches(source, path):
     if kind == ".parquet":
         whole = pq.ParquetFile(pa.BufferReader(open_binary(path).read()) if path.suffix in PACKED else path)
         first, total = 1, max(1, whole.metadata.num_rows)
-        for rows in whole.iter_batches(1000):
+        text_bytes = sum(whole.metadata.row_group(i).total_byte_size for i in range(whole.num_row_groups))
+        for rows in whole.iter_batches(max(1, min(10_000, CHUNK_BYTES // 4 * total // max(1, text_bytes)))):
             position = status.st_size * (first + len(rows)) // total
             yield Batch(source, str(path), stamp, "行", first, rows, False, rows.nbytes, position)
             first += len(rows)
@@ -1022,7 +1023,8 @@ def parse_arguments():
     group.add_argument("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
     group.add_argument("--rebuild", action=argparse.BooleanOptionalAction, default=True,
                        help="已有语料过时了就重做；--no-rebuild 则报错停下")
-    group.add_argument("--processes", type=number(int, 1, 1024), default=os.cpu_count(), help="用几个进程，每个约 0.4 GB 内存")
+    group.add_argument("--processes", type=number(int, 1, 1024), default=os.cpu_count(),
+                       help="用几个进程，每个约 0.4 GB 内存")
     group = parser.add_argument_group("清洗")
     group.add_argument("--skip_cleaning", nargs="+", action="extend", choices=[*CLEANING, "all"], default=[],
                        help="不做哪几步：" + "；".join(f"{step} {title}" for step, title in CLEANING.items()))
