@@ -82,7 +82,7 @@ PRESETS = {
     "demo": dict(corpus=["demo"], vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64,
                  batch_size=32, effective_batch_size=32,          # 32 × 64 = 2,048 token/步
                  epochs=1.0, max_steps=1350, learning_rate=1.6e-2, adamw_learning_rate=3e-3,
-                 lr_schedule="cosine", warmup_ratio=0.05, weight_decay=0.1, logging_steps=10, eval_steps=225),
+                 lr_schedule="linear", warmup_ratio=0.05, weight_decay=0.1, logging_steps=10, eval_steps=225),
 }
 REFERENCE_TOKENS = 11_838 * 98_304   # 公开参考的训练量，约 11.6 亿 token；只用来估算时间
 PAD, BOS, EOS = 0, 2, 3               # 特殊 token 的编号，与 train_tokenizer.py 一致
@@ -683,8 +683,9 @@ def build_model(vocab_size, n_layer, n_embd, n_head, block_size, attention, lige
 
 def orthogonalize(matrix, steps=5):
     """Newton–Schulz 迭代：把 (..., m, n) 的矩阵近似换成奇异值全为 1 的矩阵。系数来自 Keller Jordan 的 Muon。"""
-    # GPU 上用 bf16 就够；CPU 上 bf16 慢得多，torch.optim.Muon 固定用 bf16，所以这里自己写
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    # Ampere 以后的显卡上用 bf16 就够；CPU 和老显卡上 bf16 是模拟的，慢得多。torch.optim.Muon 固定用 bf16，所以自己写
+    fast = matrix.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
+    x = matrix.bfloat16() if fast else matrix.float()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -1400,6 +1401,12 @@ def parse_arguments():
     return args, explicit
 
 
+def choose_learning_rate(args, explicit, speed):
+    """没有明说学习率时，按实际用的优化器定：Muon 和单独的 AdamW 要的相差十倍。就地修改 args。"""
+    if explicit["learning_rate"] is None and speed["optimizer"] != "muon":
+        args.learning_rate = args.adamw_learning_rate
+
+
 def check_arguments(args):
     """花时间之前先查能查的。"""
     if args.n_embd % args.n_head:
@@ -1500,8 +1507,8 @@ def make_plan(args, explicit):
         args.device, args.precision, args.attn, args.optim, args.compile, args.tf32, args.liger)
     if FSDP and speed:
         restrict_to_fsdp(speed, args)
-    if speed and speed["optimizer"] != "muon" and explicit["learning_rate"] is None:
-        args.learning_rate = args.adamw_learning_rate
+    if speed:
+        choose_learning_rate(args, explicit, speed)
     checkpoint = None if args.fresh else newest_checkpoint(work_dir / "checkpoints")
     old = read_config(work_dir) if checkpoint else None
     if checkpoint and speed:

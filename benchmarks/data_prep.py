@@ -122,7 +122,8 @@ def ours(text, tokenizer, work_dir, processes):
     return [{"pipeline": "本项目：清洗、去重、切分", "processes": processes, **corpus,
              "disk_mb": folder_mb(work_dir / "corpus"), "documents": documents},
             {"pipeline": "本项目：编码、打包", "processes": processes, **pack,
-             "disk_mb": folder_mb(work_dir / "packed"), "tokens": tokens + eval_tokens, "tokens_lost": tokens % BLOCK_SIZE,
+             "disk_mb": folder_mb(work_dir / "packed"), "tokens": tokens + eval_tokens,
+             "tokens_lost": tokens % BLOCK_SIZE,
              "bytes_per_token": round((work_dir / "packed/train.bin").stat().st_size / tokens, 3)}]
 
 

@@ -25,7 +25,9 @@ class FSDPState(accelerate.accelerator.AcceleratorState):
 
 
 def restrict(speed, args, original=a100_train.restrict_to_fsdp):
-    original(speed | {"device": "cuda"}, args)
+    as_cuda = speed | {"device": "cuda"}
+    original(as_cuda, args)
+    speed.update(as_cuda, device=speed["device"])
 
 
 def generate(model, *args, original=a100_train.generate_samples):

@@ -23,7 +23,8 @@ import a100_train
 STEPS = 20
 TRAINING = ["--device", "cpu", "--vocab_size", 1000, "--n_layer", 1, "--n_embd", 32, "--n_head", 2,
             "--block_size", 32, "--batch_size", 4, "--effective_batch_size", 16, "--max_steps", STEPS,
-            "--eval_steps", 4, "--logging_steps", 1, "--learning_rate", 0.01]
+            "--eval_steps", 4, "--logging_steps", 1, "--learning_rate", 0.01,
+            "--optim", "adamw_torch_fused"]        # FSDP 只用它
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,14 +98,18 @@ def check_same(work, expected):
     ours, theirs = (load_file(folder / "final_model/model.safetensors") for folder in (work, expected))
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0, msg=name)
+        a, b = ours[name], theirs[name]
+        if name.endswith("c_attn.bias"):     # k 的偏置加在每个位置上，softmax 里抵消：梯度只有舍入误差，Adam 又把它放大
+            (a, a_key), (b, b_key) = ((torch.cat([q, v]), k) for q, k, v in (a.chunk(3), b.chunk(3)))
+            torch.testing.assert_close(a_key, b_key, atol=1e-3, rtol=0, msg=name)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=name)
     rows, expected_rows = (read_jsonl(folder / "train_log.jsonl") for folder in (work, expected))
     for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_char"):
         values = [(row["step"], row[key]) for row in rows if key in row]
         expected_values = [(row["step"], row[key]) for row in expected_rows if key in row]
         assert [step for step, _ in values] == [step for step, _ in expected_values]
         torch.testing.assert_close([value for _, value in values], [value for _, value in expected_values],
-                                   atol=2e-4, rtol=1e-4, msg=key)
+                                   atol=2e-4, rtol=1e-3 if key == "grad_norm" else 1e-4, msg=key)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
 
 

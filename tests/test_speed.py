@@ -79,13 +79,15 @@ def test_keep_freed_memory_is_harmless():
 
 def test_full_preset_learning_rates(monkeypatch):
     """默认用 Muon 的学习率；明说了 AdamW 就换成 AdamW 的；明说了学习率就听明说的。"""
-    def learning_rate(*argv):
+    def learning_rate(*argv, optimizer="muon"):
         monkeypatch.setattr(sys, "argv", ["a100_train.py", *argv])
-        return a100_train.parse_arguments()[0].learning_rate
+        args, explicit = a100_train.parse_arguments()
+        a100_train.choose_learning_rate(args, explicit, {"optimizer": optimizer})
+        return args.learning_rate
     full = a100_train.PRESETS["full"]
-    assert learning_rate() == learning_rate("--optim", "muon") == full["learning_rate"]
-    assert learning_rate("--optim", "adamw_torch_fused") == full["adamw_learning_rate"] == 3e-4
-    assert learning_rate("--optim", "adamw_bnb_8bit", "--learning_rate", "1e-3") == 1e-3
+    assert learning_rate() == full["learning_rate"]
+    assert learning_rate(optimizer="adamw_torch_fused") == full["adamw_learning_rate"] == 3e-4   # FSDP 自动选的也是
+    assert learning_rate("--learning_rate", "1e-3", optimizer="adamw_bnb_8bit") == 1e-3
 
 
 # ==== 参考曲线 ====
