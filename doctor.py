@@ -212,7 +212,7 @@ def examine_disk(folder, needs):
     items = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in needs.items())
     text = f"{folder} 剩 {free / 2**30:.1f} GB，要写 {items} = {total / 2**30:.2f} GB"
     if free < total:
-        yield BAD, f"{text}；不够：清出空间，或换一块盘（--work_dir；Hub 缓存用 HF_HOME）"
+        yield BAD, f"{text}；不够：清出空间，或换一块盘（--work_dir）"
         return
     try:
         with tempfile.TemporaryFile(dir=place, prefix=".doctor-") as file:     # 关上就没了
@@ -224,7 +224,7 @@ def examine_disk(folder, needs):
         yield BAD, f"{place} 写不进去（{error.strerror}）；检查权限和配额，或换一个 --work_dir"
 
 
-def examine_host(work_dir, hub_cache, memory_gb):
+def examine_host(work_dir, memory_gb):
     """内存、中文字体；AutoDL 和 Kaggle 各一句要紧的话。"""
     available, cgroup = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
     if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():     # 容器的上限比机器的小
@@ -235,9 +235,8 @@ def examine_host(work_dir, hub_cache, memory_gb):
     font = next((font.name for font in font_manager.fontManager.ttflist if font.name in FONTS), None)
     yield (OK if font else NOTE), f"中文字体 {font or '没有，曲线图用英文；要中文：apt-get install fonts-wqy-microhei'}"
     if AUTODL.is_dir():
-        placed = all(path.resolve().is_relative_to(AUTODL) for path in (work_dir, hub_cache))
-        yield (OK if placed else NOTE), (
-            f"AutoDL：系统盘只有 30 GB，--work_dir 和 HF_HOME 都放在 {AUTODL}（export HF_HOME={AUTODL}/hf）；"
+        yield (OK if work_dir.resolve().is_relative_to(AUTODL) else NOTE), (
+            f"AutoDL：系统盘只有 30 GB，--work_dir 放在 {AUTODL}（下载的数据也在里面）；"
             f"source /etc/network_turbo 和 HF_ENDPOINT 镜像只用一个")
     if KAGGLE.is_dir():
         yield NOTE, "Kaggle：一次最多 12 小时，训练加 --max_hours 11 提前存盘；T4 用 fp16；只有 /kaggle/working 会留下"
@@ -401,21 +400,18 @@ def print_memory_table():
 
 def examine(preset, work_dir, seconds, offline, price_per_hour):
     """依次做每一项检查，给出 (级别, 说明)。"""
-    values, hub_cache = PRESETS[preset], Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    values = PRESETS[preset]
     with torch.device("meta"):           # 只数参数，不占内存
         parameters = new_model(**values).num_parameters()
     yield from examine_devices(preset)
     yield from examine_versions(Path(__file__).with_name("requirements.txt"))
-    # 与 a100_train.py 自己的检查同样算法，偏大：每字 UTF-8 占 3 字节；打包每字至多 4 字节（2 字节的 token，打乱时
-    # 有两份）；检查点每参数 12 字节（fp32 权重 4 + 优化器 8），最多同时三个；最终模型每参数 4 字节
-    needs = {"语料": 3 * values["characters"], "打包": 4 * values["characters"],
-             "检查点": 36 * parameters, "最终模型": 4 * parameters}
-    cache = {"Hub 缓存": 6 * values["characters"]} if preset == "full" else {}    # 下载的文件、解出的 Arrow 各一份
-    if existing(hub_cache).stat().st_dev == existing(work_dir).stat().st_dev:
-        needs, cache = needs | cache, {}
+    # 偏大的估计：每字 UTF-8 占 3 字节，下载的原始文件至多这么多；语料压缩成约六成，做的时候有两份；打包每字至多 4 字节
+    # （2 字节的 token，打乱时有两份）；检查点每参数 12 字节（fp32 权重 4 + 优化器 8），最多同时三个；最终模型每参数 4 字节
+    needs = {"下载": 3 * values["characters"]} if preset == "full" else {}
+    needs |= {"语料": 4 * values["characters"], "打包": 4 * values["characters"],
+              "检查点": 36 * parameters, "最终模型": 4 * parameters}
     yield from examine_disk(work_dir, needs)
-    yield from examine_disk(hub_cache, cache) if cache else []
-    yield from examine_host(work_dir, hub_cache, values["memory_gb"])
+    yield from examine_host(work_dir, values["memory_gb"])
     yield from [] if offline else examine_network(seconds=4)
     yield from examine_speed(preset, seconds, price_per_hour)
 
