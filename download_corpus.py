@@ -258,6 +258,7 @@ def main():
     args = parser.parse_args()
     # Xet 协议会绕过镜像直连；普通 HTTP 也能断点续传。要在导入 huggingface_hub 之前设
     os.environ["HF_HUB_DISABLE_XET"] = "1"
+    os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "CRITICAL")
     for client in ("modelscope_hub", "huggingface_hub"):
         logging.getLogger(client).setLevel(logging.CRITICAL)         # 失败由我们自己说，一行
     if args.source == "modelscope" and not installed("modelscope_hub"):

@@ -504,8 +504,8 @@ BOILERPLATE_KEYS = ("编辑于", "发布于", "著作权归", "zhihu.com", "来�
 BOILERPLATE = re.compile(
     r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:"
     r"(?:最后)?(?:编辑|发布)于[ :：]*(?:\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?|昨天|前天)(?:[ ,，]*\d{1,2}:\d{2})?"
-    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归[^\n]{0,20})?"
-    r"|[・·]?[ ]*著作权归(?:原)?作者所有[^\n]{0,60}"
+    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
+    r"|[・·]?[ ]*著作权归(?:原)?作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
     r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎"
     r"|(?:知乎视频[ ：:]*)?https?://\S*zhihu\.com/z?video/\d+\S*"
     r"|视频加载中\S*|点击播放 GIF[^\n]{0,12}|动图封面|展开阅读全文|阅读全文"
@@ -691,7 +691,7 @@ def clean_chunk(index, batches, options, folder):
         table["signature"] = pa.array(map(minhash_signature, texts), pa.binary(4 * SIGNATURE))
     pq.write_table(pa.table(table), path, compression="zstd")
     return write_note(path.with_suffix(".json"), key, [path.name], columns=columns, notes=notes,
-                      bytes=sum(batch.size for batch in batches),
+                      bytes=table["text"].nbytes,
                       counts={name: cleaner.counts for name, cleaner in cleaners.items()},
                       examples={name: cleaner.examples for name, cleaner in cleaners.items()})
 
@@ -926,9 +926,9 @@ COLUMNS = {"rows": "行", "empty": "空", "short": "太短", "not_text": "非文
 
 def print_counts(counts, examples):
     """每个来源丢了多少篇，每一步改了几处，各有五个例子。"""
-    print("来源".ljust(14) + "".join(f"{title:>{11 - len(title)}}" for title in COLUMNS.values()))
+    print("来源".ljust(14) + "".join(f"{title:>{13 - len(title)}}" for title in COLUMNS.values()))
     for source, count in counts.items():
-        print(f"{source:<16}" + "".join(f"{count.get(column, 0):>11,}" for column in COLUMNS))
+        print(f"{source:<16}" + "".join(f"{count.get(column, 0):>13,}" for column in COLUMNS))
     titles = CLEANING | {"duplicates": "重复的文档", "near_duplicates": "近似重复的文档"}
     total = sum(counts.values(), Counter())
     for step, title in titles.items():
@@ -965,8 +965,8 @@ def check_known(counts, columns):
                   f"这次 {rows:,} 行、列 {'、'.join(found)}。数据集可能更新过，或文件不全")
 
 
-def dataset_card(counts):
-    """README.md：load_dataset 按它找文件；人按它了解来源、许可、数量、去掉了什么。"""
+def dataset_card(counts, options):
+    """README.md：load_dataset 按它找文件；人按它了解来源、许可、数量、设置、去掉了什么。"""
     total = sum(counts.values(), Counter())
     lines = ["---", "language: [zh]", "task_categories: [text-generation]", "configs:",
              "- config_name: default", "  data_files:", "  - {split: train, path: train-*.parquet}",
@@ -984,7 +984,11 @@ def dataset_card(counts):
     lines += ["", "去掉了什么（改文字的按处数，丢整篇的按篇数）：", ""]
     lines += [f"- {title}：{total[step]:,}" for step, title in
               (CLEANING | {"empty": "空的", "duplicates": "重复的文档", "near_duplicates": "近似重复的文档"}).items()]
-    lines += ["", "验证集按内容的哈希留出：每个来源约 0.5 %，至少 50 篇、至多 10,000 篇；同一段文字只在一边。"]
+    steps = "、".join(step for step in CLEANING if step not in options.skip) or "无（只去重）"
+    lines += ["", f"做了的清洗步骤：{steps}；最短 {options.minimum_characters} 字；全角字母数字"
+              f"{'换成半角（' + format(total['normalized'], ',') + ' 处）' if options.normalize else '原样'}；"
+              f"近似去重{'开' if options.near_dedup else '关'}。", "",
+              "验证集按内容的哈希留出：每个来源约 0.5 %，至少 50 篇（但不超过一半）、至多 10,000 篇；同一段文字只在一边。"]
     return "\n".join(lines) + "\n"
 
 
@@ -1036,9 +1040,9 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def publish(staging, output_dir, key, corpus, totals, corpus_hash):
+def publish(staging, output_dir, key, corpus, totals, corpus_hash, options):
     """写报告和数据卡，一步换成最终的文件夹。"""
-    (staging / "README.md").write_text(dataset_card(totals.counts), "utf-8")
+    (staging / "README.md").write_text(dataset_card(totals.counts, options), "utf-8")
     files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
     examples = {step: lines[:EXAMPLES] for step, lines in totals.examples.items()}
     report = {"format": FORMAT, "key": key, "corpus": corpus, "corpus_hash": corpus_hash,
@@ -1078,7 +1082,7 @@ def main():
             count["characters"] = count["train_characters"] + count["eval_characters"]
         print_counts(totals.counts, totals.examples)
         check_known(totals.counts, totals.columns)
-        publish(staging, args.output_dir, key, corpus, totals, corpus_hash)
+        publish(staging, args.output_dir, key, corpus, totals, corpus_hash, options)
     print(f"写好 {args.output_dir}")
 
 

@@ -21,6 +21,7 @@ import json
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pyarrow.parquet as pq
 from datatrove.data import Document
@@ -36,6 +37,21 @@ from datatrove.pipeline.writers.parquet import ParquetWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare_corpus
+
+# load_dataset 按它找两个切分；来源和许可由使用者补上
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train-*.parquet}
+  - {split: validation, path: eval-*.parquet}
+---
+
+# 中文预训练语料
+
+由 scale/pipeline.py 清洗、去重、切分；列：text、source。公开之前，请写明来源和许可。
+"""
+
 
 # ==== 流水线的每一步 ====
 
@@ -172,9 +188,22 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
         return SlurmPipelineExecutor(pipeline, tasks, time=f"{hours}:00:00", partition=partition,
                                      workers=workers, job_name=name, logging_dir=logs, depends=depends)
     if kind == "ray":
+        if not prepare_corpus.installed("ray"):
+            raise prepare_corpus.UserError("指定了 --executor ray，但没有装 ray：pip install ray")
         from datatrove.executor.ray import RayPipelineExecutor
         return RayPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
     return LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
+
+
+def check_settings(output_dir, files, args):
+    """同一个输出文件夹只做一种设置：datatrove 只看任务号，换了语料或参数也会把旧任务当成做完了。"""
+    stats = [[name, path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for name, path in files]
+    key = prepare_corpus.fingerprint(prepare_corpus.FORMAT, stats, sorted(args.skip_cleaning),
+                                     args.minimum_characters, args.tasks)
+    path = output_dir / "settings.json"
+    if path.exists() and path.read_text("utf-8") != key:
+        raise prepare_corpus.UserError(f"{output_dir} 是用别的语料或设置（包括 --tasks）做的；换一个 --output_dir，或删掉它")
+    path.write_text(key, "utf-8")
 
 
 def main():
@@ -206,7 +235,16 @@ def main():
                                  args.tasks):
         executor = make_executor(args.executor, name, pipeline, args.tasks, args.workers,
                                  args.output_dir / "logs", executor, args.partition, args.hours)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    check_settings(args.output_dir, files, args)
+    lock = filelock.FileLock(args.output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise prepare_corpus.UserError(f"另一个进程正在写 {args.output_dir}；等它结束，或换一个 --output_dir") from None
     executor.run()
+    (args.output_dir / "corpus").mkdir(exist_ok=True)
+    (args.output_dir / "corpus" / "README.md").write_text(CARD, "utf-8")
     print(f"{'提交了' if args.executor == 'slurm' else '写好'} {args.output_dir / 'corpus'}")
 
 
