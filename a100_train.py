@@ -242,9 +242,9 @@ def append_jsonl(path, row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def file_hash(path, digest=None):
-    """文件内容的哈希，十六进制；默认 blake2b。"""
-    digest = digest or hashlib.blake2b(digest_size=16)
+def file_hash(path):
+    """文件内容的哈希，十六进制。"""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -500,8 +500,8 @@ def pack_train(corpus_dir, sp, folder, corpus_hash, tokenizer_hash, seed, thread
     一个分片一个分片地编码；中断了，做完的分片不用重做。
     """
     paths = sorted(Path(corpus_dir).glob("train-*.parquet"))
-    meter = Meter("打包", sum(pq.read_metadata(path).row_group(i).column(0).total_uncompressed_size
-                            for path in paths for i in range(pq.read_metadata(path).num_row_groups)))
+    meter = Meter("打包", sum(shard.row_group(i).column(0).total_uncompressed_size
+                            for shard in map(pq.read_metadata, paths) for i in range(shard.num_row_groups)))
     notes = [encode_shard(path, sp, folder, corpus_hash, tokenizer_hash, threads, meter) for path in paths]
     meter.close()
     shards = [folder / f"{path.stem}.tokens" for path in paths]

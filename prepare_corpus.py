@@ -346,7 +346,7 @@ def read_batches(source, path):
     if kind == ".json":                              # 一个数组，还是其实一行一个对象
         with open_text(path) as file:
             kind = "array" if file.read(64).lstrip().startswith("[") else ".jsonl"
-    unit = {".txt": "段", "array": "项"}.get(kind, "行")
+    unit, is_json = {".txt": "段", "array": "项"}.get(kind, "行"), kind in (".jsonl", "array")
     with open(path, "rb") as raw, closing(decompress(raw, path.suffix)) as stream:
         file = io.TextIOWrapper(io.BufferedReader(stream), encoding=find_encoding(path), newline=None)
         rows, size, first = [], 0, 2 if kind == ".csv" else 1
@@ -354,12 +354,10 @@ def read_batches(source, path):
             rows.append(row)
             size += row_size
             if size >= CHUNK_BYTES // 4:
-                yield Batch(source, str(path), stamp, unit, first, rows, unit != "段" and kind != ".csv", size,
-                            raw.tell())
+                yield Batch(source, str(path), stamp, unit, first, rows, is_json, size, raw.tell())
                 rows, size, first = [], 0, first + len(rows)
         if rows:
-            yield Batch(source, str(path), stamp, unit, first, rows, unit != "段" and kind != ".csv", size,
-                        status.st_size)
+            yield Batch(source, str(path), stamp, unit, first, rows, is_json, size, status.st_size)
 
 
 def demo_batches():
@@ -599,9 +597,9 @@ class Cleaner:
 
 # ==== 4. 第一遍：读、清洗、算哈希，一块写一个临时 parquet ====
 
-def file_hash(path, digest=None):
-    """文件内容的哈希，十六进制；默认 blake2b。"""
-    digest = digest or hashlib.blake2b(digest_size=16)
+def file_hash(path):
+    """文件内容的哈希，十六进制。"""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -832,7 +830,9 @@ class Totals:
 
 def write_shard(number_, parts, limits, folder):
     """几块合成一个分片：train-<number>.parquet 和 eval-<number>.parquet。返回说明（计数、内容的哈希）。"""
-    inputs = [file_hash(file) for path in parts for file in (path, path.with_suffix(".npy"))]
+    # 每块的哈希第一遍已经算过、验过，写在它的说明里，不再读一遍
+    inputs = [(json.loads(path.with_suffix(".json").read_text("utf-8"))["files"],
+               file_hash(path.with_suffix(".npy"))) for path in parts]
     key = fingerprint(FORMAT, limits, inputs)
     note_path = folder / f"shard-{number_:05d}.json"
     if note := read_note(note_path, key):

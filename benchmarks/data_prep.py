@@ -12,7 +12,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -24,8 +23,8 @@ from datetime import date
 from pathlib import Path
 
 import psutil
+from common import ROOT, cpu_name
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 1024
 FULL_DOCUMENTS, FULL_BYTES = 254_547 + 1_006_218, 2_400_000_000
 
@@ -187,11 +186,8 @@ def extras(text, work_dir, processes):
 # ==== 主程序 ====
 
 def machine():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     memory = psutil.virtual_memory().total / 2**30
-    return f"{names[0] if names else platform.processor()}，{os.cpu_count()} 核，{memory:.0f} GB 内存"
+    return f"{cpu_name()}，{os.cpu_count()} 核，{memory:.0f} GB 内存"
 
 
 def write_results(rows, args, output):

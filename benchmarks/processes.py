@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from common import ROOT, cpu_name
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAINING = ("--device cpu --corpus demo --vocab_size 3000 --n_layer 2 --n_embd 256 --n_head 4 "
             "--block_size 128 --batch_size 4 --effective_batch_size 8 --max_steps 30 --logging_steps 1 "
             "--eval_steps 1000").split()
@@ -37,13 +37,6 @@ def tokens_per_second(processes, work_dir):
     rows = map(json.loads, (work_dir / "train_log.jsonl").read_text("utf-8").splitlines())
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return statistics.median(speeds[len(speeds) // 2:])
-
-
-def machine():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}，{os.cpu_count()} 核"
 
 
 def measure(repetitions):
@@ -66,7 +59,7 @@ def write_results(folder, runs, day):
     ratio = statistics.median(ratios)
     command = f"python benchmarks/processes.py {' '.join(sys.argv[1:])}".strip()
     result = {"command": command, "training": f"a100_train.py {' '.join(TRAINING)}", "date": day,
-              "machine": machine(),
+              "machine": f"{cpu_name()}，{os.cpu_count()} 核",
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__},
               "runs": runs, "ratios": ratios, "median_ratio": ratio, "efficiency": round(ratio / 2, 3)}
