@@ -505,7 +505,8 @@ def build_trainer(s, checkpoint, stop):
 def train(s, checkpoint, stop):
     """训练到底，或被叫停；返回 trainer。显存不够就把微批量减半、累积加倍（结果不变），从最新的检查点接着来。"""
     while True:
-        rewind(s.work_dir, checkpoint)
+        if RANK == 0:
+            rewind(s.work_dir, checkpoint)
         trainer = build_trainer(s, checkpoint, stop)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -600,8 +601,8 @@ def newest_checkpoint(work_dir):
 
 
 def rewind(work_dir, checkpoint):
-    """回到 checkpoint：丢掉它之后的检查点和日志，那几步要重新训练，每一步只留一行。"""
-    for path in (work_dir / "checkpoints").glob("checkpoint-*"):
+    """回到 checkpoint：丢掉它之后的检查点、快照和日志，那几步要重新训练，每一步只留一行。"""
+    for path in [*work_dir.glob("checkpoints/checkpoint-*"), *work_dir.glob("snapshots/step-*")]:
         if step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
     for path in (work_dir / "train_log.jsonl", work_dir / "samples.jsonl"):
