@@ -514,6 +514,10 @@ def train(s, checkpoint, stop):
         except torch.OutOfMemoryError:
             if s.batch_size % 2 or WORLD_SIZE > 1:  # 几个进程时只有一个减半，别的会永远等它
                 fail(f"显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
+        except (RuntimeError, safetensors.SafetensorError) as error:  # 存盘时磁盘满了，torch 报成别的错
+            if not re.search("No space left|PytorchStreamWriter", str(error)):
+                raise
+            raise OSError(28, "No space left on device", str(s.work_dir)) from None
         trainer = None  # 放掉显存
         torch.cuda.empty_cache()
         s.batch_size, checkpoint = s.batch_size // 2, newest_checkpoint(s.work_dir)
@@ -524,6 +528,8 @@ def train(s, checkpoint, stop):
 
 def main():
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 与词向量共用的输出层，检查点里本来就没有
+        lambda record: "lm_head.weight" not in record.getMessage())
     s = read_settings()
     choose_speed(s)
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
