@@ -460,7 +460,8 @@ class GPT2Trainer(transformers.Trainer):
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
                   f" | MFU {logs['mfu']:.0%} | 剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
         if "loss" in logs or "eval_loss" in logs:
-            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **logs})
+            finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
+            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
         super().log(logs, start_time)
 
 
