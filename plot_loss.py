@@ -46,10 +46,10 @@ def read_run(path):
         sys.exit(f"错误：找不到日志 {log}；给训练目录，或里面的 train_log.jsonl")
     train, held_out = [], []
     try:
-        for line in log.read_text(encoding="utf-8").split("\n")[:-1]:      # 最后一行可能正写到一半，丢掉
-            row = json.loads(line)
+        for line in log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:      # 末行可能写到一半
+            row = json.loads(line or "{}")
             loss, bits = row.get("loss", row.get("eval_loss", math.nan)), row.get("eval_bits_per_char")
-            if math.isfinite(row["step"] + loss + (bits or 0)):            # 发散的训练会记下 NaN，画不出来
+            if math.isfinite(row.get("step", 0) + loss + (bits or 0)):     # 发散的训练会记下 NaN，画不出来
                 (train if "loss" in row else held_out).append((row["step"], loss, bits))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         sys.exit(f"错误：{log} 不是训练日志，或已损坏；给训练目录，或里面的 train_log.jsonl")
@@ -101,7 +101,7 @@ def draw_references(axes, run, labels):
                           "offset points", ha="right", fontsize=9, color="dimgray")
         steps, per_epoch = [point[0] for point in run["train"]], config["steps_per_epoch"]
         for i in range(1, min(20, int(steps[-1] / per_epoch)) + 1):
-            axes.axvline(i * per_epoch, color="gray", ls="--", lw=0.8, label=labels["epoch"] if i == 1 else None)
+            axes.axvline(i * per_epoch, color="gray", ls="--", lw=0.8, label=labels["epoch"] * (i == 1))
         curve = find_reference(config, steps)
         x = np.divide(curve["tokens"], config["effective_batch_size"] * config["block_size"])
         low, high = np.array(curve["loss"]) + [[-1], [1]] * np.array(curve["spread"])       # 约 95 % 的日志在其中

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = {"full": 32_000, "demo": 4_500}
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # 编号 0–3：补齐、不认识、开头、文档结束；4–259 是 256 种字节
-SPACE = "\u2581"  # SentencePiece 在词块里把空格写作 ▁
+SPACE = "\u2581"  # 词块里把空格写作 ▁
 MAX_LINES, COVERAGE = 200_000, 0.9999  # 用多少行；常见的字各有词块，占到全文 99.99 % 为止
 
 
@@ -147,7 +147,7 @@ def main():
     folder = Path("/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese")
     parser.add_argument("--corpus_dir", type=Path, default=folder / "corpus", help="第 1 步的输出")
     parser.add_argument("--output_dir", type=Path, default=folder / "tokenizer", help="写到哪里")
-    parser.add_argument("--preset", choices=list(VOCAB_SIZE), default="full", help="没写 --vocab_size 时用哪个")
+    parser.add_argument("--preset", choices=list(VOCAB_SIZE), default="full", help="没写 --vocab_size 时")
     parser.add_argument("--vocab_size", type=int, help="词块数，300 到 65,536")
     parser.add_argument("--rebuild", action=argparse.BooleanOptionalAction, help="旧的过时就重做（默认）")
     args = parser.parse_args()
