@@ -41,7 +41,6 @@ PRESETS = {
     "demo": dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=32,
                  effective_batch_size=32, steps=1350, memory_gb=2, disk_gb=0.1),
 }
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 REQUIRED = {"torch", "transformers", "accelerate", "sentencepiece", "pyarrow", "matplotlib", "filelock"}
 HUB, MIRROR, MODELSCOPE = "https://huggingface.co", "https://hf-mirror.com", "https://www.modelscope.cn"
 WIKI = "wikipedia-cn-20230720-filtered"      # 拿这个数据集（521 MB）的开头测下载速度
@@ -173,7 +172,8 @@ def new_model(vocab_size, n_layer, n_embd, n_head, block_size, **_):
     """与 a100_train.py 同样的 GPT-2。"""
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=block_size,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        bos_token_id=2, eos_token_id=3, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
 def micro_step(model, tokens, dtype):
@@ -286,10 +286,10 @@ def main():
     if args.memory_table:
         return print_memory_table()
     values, levels = PRESETS[args.preset], []
-    checks = chain(examine_devices(args.preset), examine_versions(REQUIREMENTS),
-                   examine_disk(args.work_dir, values["disk_gb"]), examine_host(values["memory_gb"]),
-                   () if args.offline else examine_network(), examine_speed(args.preset, args.price_per_hour))
-    for level, text in checks:
+    for level, text in chain(
+            examine_devices(args.preset), examine_versions(Path(__file__).with_name("requirements.txt")),
+            examine_disk(args.work_dir, values["disk_gb"]), examine_host(values["memory_gb"]),
+            () if args.offline else examine_network(), examine_speed(args.preset, args.price_per_hour)):
         print(f"{level}  {text}")
         levels.append(level)
     if BAD in levels:
