@@ -29,10 +29,10 @@ MAX_NEW_TOKENS = 400
 TIME_LIMIT = 60              # 一次续写最多多少秒：别人在排队
 EXAMPLES = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 
-# 要算模型的事排队做，同时最多两件：Space 免费的机器是 2 核。不要算模型的立即做
+# 要算模型的事同时最多做两件，其余排队：Space 免费的机器是 2 核。不算模型的不用等
 MODEL = {"concurrency_id": "model", "concurrency_limit": 2, "show_progress": "minimal"}
 LATEST = MODEL | {"trigger_mode": "always_last"}             # 正忙时又变了：只做最后那次
-QUICK = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+QUICK = {"concurrency_limit": None, "show_progress": "hidden", "trigger_mode": "always_last"}
 
 
 # ==== 1. 模型 ====
@@ -74,9 +74,9 @@ def load(folder):
 # ==== 2. 续写 ====
 
 def encode(run, prompt):
-    """开头的词块编号；空的、太长的说一句话就停。"""
-    if not prompt.strip() or len(prompt) > MAX_CHARACTERS:
-        raise gr.Error(f"开头要有 1 到 {MAX_CHARACTERS:,} 字，现在是 {len(prompt):,} 字", print_exception=False)
+    """文字的词块编号；太长的说一句话就停。"""
+    if len(prompt) > MAX_CHARACTERS:
+        raise gr.Error(f"最多 {MAX_CHARACTERS:,} 字，现在是 {len(prompt):,} 字", print_exception=False)
     return run.tokenizer.encode(prompt.encode("utf-8", "replace").decode(), add_special_tokens=False)
 
 
@@ -106,8 +106,8 @@ def probabilities(scores, ids, temperature, top_k, top_p, penalty):
 
 
 def write(run, model, prompt, temperature, top_k, top_p, penalty, max_new_tokens, seed):
-    """逐个词块续写，给出 (全文，说明)。随机数各用各的：两个人同时用，互不影响。"""
-    ids, context = encode(run, prompt), model.config.n_positions
+    """逐个词块续写，给出 (全文，说明)；没有开头就另起一篇。随机数各用各的：两个人同时用，互不影响。"""
+    ids, context = encode(run, prompt) or [run.tokenizer.eos_token_id], model.config.n_positions
     random = torch.Generator().manual_seed(int(seed or 0))
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")          # 半个字先不给，拼不成字的不给
     new, cache, text = ids[1 - context:], transformers.DynamicCache(), prompt
@@ -225,7 +225,7 @@ def tokenizer_tab(run):
     def split(text):
         ids = encode(run, text)
         names = [run.tokenizer.convert_ids_to_tokens(token) for token in ids]
-        summary = f"{len(text)} 字，{len(ids)} 个词块，每块 **{len(text) / len(ids):.2f}** 字；逐字切是 {len(text)} 块"
+        summary = f"{len(text)} 字，{len(ids)} 个词块，每块 **{len(text) / max(len(ids), 1):.2f}** 字"
         return summary, list(zip(names, map(str, ids), strict=True)), [(character, "字") for character in text]
 
     summary, pieces, characters = split(example)
@@ -240,7 +240,7 @@ def next_token_tab(run):
     gr.Markdown("每一步，模型给词表里每个词块一个概率，再按概率**抽一个**。点一个候选，把它接上；改温度，看概率怎样变。")
 
     def distribution(text, temperature):
-        model, ids = run.model(), encode(run, text)
+        model, ids = run.model(), encode(run, text) or [run.tokenizer.eos_token_id]
         scores = forward(model, ids[1 - model.config.n_positions:], transformers.DynamicCache())
         return probabilities(scores, ids, temperature, len(scores), 1, 1)
 
