@@ -197,16 +197,16 @@ def curve(run, left, right):
     low, high, last = min(losses) - 0.2, max(losses) + 0.2, max(run.snapshots[-1]["step"], 1)
 
     def x(step):
-        return round(40 + 540 * math.log1p(step) / math.log1p(last), 1)
+        return round(40 + 420 * math.log1p(step) / math.log1p(last), 1)
 
     def y(loss):
         return round(20 + 180 * (high - loss) / (high - low), 1)
 
-    parts = ['<svg viewBox="0 0 600 240" font-size="14" fill="currentColor" text-anchor="middle" '
-             'style="width: 100%; max-width: 700px; margin: auto">']
+    parts = ['<svg viewBox="0 0 480 240" font-size="14" fill="currentColor" text-anchor="middle" '
+             'style="width: 100%; max-width: 600px; margin: auto">']
     for loss in range(math.ceil(low), math.floor(high) + 1):
         at = y(loss)
-        parts.append(f'<path d="M40 {at} H580" stroke="#8884"/><text x="25" y="{at + 5}">{loss}</text>')
+        parts.append(f'<path d="M40 {at} H460" stroke="#8884"/><text x="25" y="{at + 5}">{loss}</text>')
     for step in [0, *(10**power for power in range(7) if 10**power < last / 2), last]:
         parts.append(f'<text x="{x(step)}" y="220">{step}</text>')
     for points, style in ((train, 'stroke="#999"'), (held_out, 'stroke="#2563eb" stroke-width="2"')):
@@ -215,7 +215,7 @@ def curve(run, left, right):
     for side, index, color in (("左", left, "#ea580c"), ("右", right, "#16a34a")):
         at = x(run.snapshots[int(index)]["step"])
         parts.append(f'<g stroke="{color}"><path d="M{at} 20 V204"/><text x="{at}" y="15">{side}</text></g>')
-    return "".join([*parts, '<text x="310" y="238">步数（灰：训练损失，蓝：验证损失）</text></svg>'])
+    return "".join([*parts, '<text x="250" y="238">步数（灰：训练损失，蓝：验证损失）</text></svg>'])
 
 
 def tokenizer_tab(run):

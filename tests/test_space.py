@@ -19,7 +19,7 @@ import psutil
 import pytest
 import tiny_run
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, error_of
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -135,11 +135,8 @@ def test_curve_holds_numbers_only(app, run):
     assert svg.count("<polyline") == 2 and "左" in svg and not re.search(r"nan|inf|None", svg)
 
 
-def test_missing_model(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "space" / "app.py", "--model", tmp_path], env=environment(),
-                          capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("错误：读不出模型")
-    assert "Traceback" not in done.stderr
+def test_missing_model(app, tmp_path):
+    assert error_of(app, "--model", tmp_path).startswith("错误：读不出模型")
 
 
 # ==== 浏览器里的 ====
