@@ -99,7 +99,8 @@ def settings_table(config, log):
     """模型多大，怎样训练的，用了多久。记录里没有的不写。"""
     rows = [(name, config[key]) for key, name in FIELDS.items() if config.get(key) is not None]
     rows += [(f"{name} 的版本", version) for name, version in config.get("versions", {}).items()]
-    rows += [("训练用时", f"{row['elapsed_seconds'] / 3600:.2f} 小时") for row in log if "elapsed_seconds" in row][-1:]
+    times = [row["elapsed_seconds"] for row in log if "elapsed_seconds" in row]
+    rows += [("训练用时", f"{seconds / 3600:.2f} 小时") for seconds in times[-1:]]
     rows = [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows]
     return table(("", ""), rows)
 

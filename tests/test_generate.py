@@ -64,7 +64,8 @@ def test_half_characters_are_held_back(capsys, pieces, shown, broken):
 
 
 def test_snapshots(run_folder, capsys):
-    compared = written(capsys, "人工智能是", "--model", run_folder / "final_model", "--compare", "--max_new_tokens", 9)
+    compared = written(capsys, "人工智能是", "--model", run_folder / "final_model", "--compare",
+                       "--max_new_tokens", 9)
     assert re.findall(r"第 (\d+) 步，验证损失 (\S+)\]", compared.err) == [
         ("0", "5.9"), ("10", "4.2"), ("100", "未测"), ("200", "2.5")]
     one = written(capsys, "人工智能是", "--model", run_folder, "--snapshot", 10, "--max_new_tokens", 9)
@@ -91,7 +92,8 @@ def test_from_hub(run_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "snapshots").symlink_to(run_folder / "snapshots")
     monkeypatch.setattr(generate, "snapshot_download", download)
     written(capsys, "教育", "--model", "me/tiny", "--max_new_tokens", 3)
-    assert "第 10 步" in written(capsys, "教育", "--model", "me/tiny", "--max_new_tokens", 3, "--snapshot", 10).err
+    tenth = written(capsys, "教育", "--model", "me/tiny", "--max_new_tokens", 3, "--snapshot", 10)
+    assert "第 10 步" in tenth.err
     assert asked[1] == ("me/tiny", "snapshots/step-10/*")
 
 
@@ -136,8 +138,9 @@ def test_bytes_that_are_no_text(run_folder, capsys):
 
 def test_closed_pipe_is_quiet(run_folder):
     """| head：没有 traceback。"""
-    process = subprocess.Popen([sys.executable, ROOT / "generate.py", "天", "--model", run_folder, "--compare"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    command = [sys.executable, ROOT / "generate.py", "天", "--model", run_folder, "--compare"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8")
     assert process.stdout.read(1) == "天"
     process.stdout.close()
     errors = process.stderr.read()

@@ -26,8 +26,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 ATTACK = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--lang=zh-CN",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server"]
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--no-proxy-server", "--lang=zh-CN"]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,8 @@ def run(app, folder):
 # ==== 不用浏览器的 ====
 
 def test_finds_what_a_run_left(app, run, folder):
-    assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS) and run.log[-1]["eval_loss"] == 2.5
+    assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS)
+    assert run.log[-1]["eval_loss"] == 2.5
     assert app.Run(str(folder)).folder == run.folder                   # 工作目录也行
     assert run.model(1) is run.model(1) and run.model(1) is not run.model()
 
@@ -74,7 +76,8 @@ def test_hub_weights_are_fetched_when_used(app, folder, tmp_path, monkeypatch):
         return str(tmp_path)
 
     shutil.copytree(folder / "final_model", tmp_path, dirs_exist_ok=True)
-    shutil.copytree(folder / "snapshots", tmp_path / "snapshots", ignore=shutil.ignore_patterns("*.safetensors"))
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder / "snapshots", tmp_path / "snapshots", ignore=without_weights)
     monkeypatch.setattr(app, "snapshot_download", download)
     hub = app.Run("me/tiny")
     hub.model(1)
@@ -166,8 +169,9 @@ def server(folder, tmp_path_factory):
 def open_browser(url, profile, width):
     chromium = shutil.which("chromium")
     if not chromium or not shutil.which("chromedriver"):
-        assert os.environ.get("REQUIRE_BROWSER") != "1", "没有 chromium 或 chromedriver：apt-get install chromium-driver"
-        pytest.skip("没有 chromium：apt-get install -y chromium chromium-driver")
+        missing = "没有 chromium 或 chromedriver：apt-get install -y chromium chromium-driver"
+        assert os.environ.get("REQUIRE_BROWSER") != "1", missing
+        pytest.skip(missing)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},1000"]:
@@ -274,8 +278,8 @@ def test_next_token(browser):
     wait(browser, lambda: "100%" in text_of(browser, "bars"))
     assert "100%" not in warm
     token = re.search(r"#(\d+)", text_of(browser, "bars"))[1]
-    row = next(row for row in browser.find_elements(By.CSS_SELECTOR, "#bars button") if f"#{token}" in row.text)
-    row.click()
+    rows = browser.find_elements(By.CSS_SELECTOR, "#bars button")
+    next(row for row in rows if f"#{token}" in row.text).click()
     piece = tiny_run.tokenizer().decode([int(token)]).replace("\ufffd", "")
     wait(browser, lambda: value(browser, "next-text") == "中国的历史" + piece)
     fill(browser, "next-text", "教育")
@@ -329,6 +333,9 @@ def test_phone(server, tmp_path):
 
 # ==== 20 个人同时用 ====
 
+LAST = ("process_completed", "close_stream", "queue_full", "unexpected_error")
+
+
 def ask(url, function, data):
     """像网页那样排队、等结果；返回收到的消息的列表。"""
     session = os.urandom(5).hex()
@@ -341,7 +348,7 @@ def ask(url, function, data):
         for line in stream:
             if line.startswith(b"data:"):
                 messages.append(json.loads(line[5:]))
-                if messages[-1]["msg"] in ("process_completed", "close_stream", "queue_full", "unexpected_error"):
+                if messages[-1]["msg"] in LAST:
                     break
     return messages
 
@@ -350,7 +357,8 @@ def test_twenty_at_once(server):
     url, process = server
     config = json.load(urllib.request.urlopen(f"{url}/config", timeout=20))
     ids = {component["props"].get("elem_id"): component["id"] for component in config["components"]}
-    function = next(event["id"] for event in config["dependencies"] if [ids["start"], "click"] in event["targets"])
+    click = [ids["start"], "click"]
+    function = next(event["id"] for event in config["dependencies"] if click in event["targets"])
 
     def crowd():
         results = {}
