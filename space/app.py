@@ -121,7 +121,7 @@ def write(run, model, prompt, temperature, top_k, top_p, penalty, max_new_tokens
         if cache.get_seq_length() == context:                          # 上下文用满：只留后一半，接着写
             new, cache = ids[-context // 2:], transformers.DynamicCache()
         seconds = time.monotonic() - start
-        yield text, f"{count} 个词块，{seconds:.1f} 秒，种子 {int(seed or 0)}"
+        yield text, f"{count} 个词块，{seconds:.2f} 秒，种子 {int(seed or 0)}"
         if token == run.tokenizer.eos_token_id or seconds > TIME_LIMIT:
             return
 

@@ -4,6 +4,7 @@
 字节词块——正好测试拼不成字的情形。
 """
 
+import itertools
 import json
 import string
 
@@ -19,11 +20,14 @@ CONTEXT = 64
 STEPS = {0: 5.9, 10: 4.2, 100: None, 200: 2.5}           # 第 100 步没有验证过
 
 
-def tokenizer():
+def tokenizer(vocab_size=0):
+    """词块凑不满 vocab_size 时用两个字的组合补满（量速度时要和真的一样大）。"""
     pieces = [(piece, 0.0) for piece in SPECIAL] + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     characters = TEXT + "▁\n" + string.ascii_lowercase + string.digits
     pieces += [(character, -6.0) for character in dict.fromkeys(characters)]
     pieces += [(word, -7.0) for word in WORDS]
+    extra = (chr(0x4E00 + count // 200) + chr(0x6E00 + count % 200) for count in range(vocab_size))
+    pieces += [(piece, -9.0) for piece in itertools.islice(extra, max(vocab_size - len(pieces), 0))]
     made = Tokenizer(Unigram(pieces, unk_id=1, byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"<(?=0x[0-9A-F]{2}>|/?s>|unk>)"), "isolated")
@@ -54,9 +58,9 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def make(folder, **sizes):
+def make(folder, vocab_size=0, **sizes):
     """在 folder 里写 final_model/、tokenizer/、snapshots/ 和各种日志；返回 folder。"""
-    pieces = tokenizer()
+    pieces = tokenizer(vocab_size)
     for place in ("tokenizer", "final_model"):
         pieces.save_pretrained(folder / place)
     model(len(pieces), seed=200, **sizes).save_pretrained(folder / "final_model")
