@@ -66,7 +66,7 @@ def find_folders(args):
         try:
             root = Path(snapshot_download(args.model, allow_patterns=["*.json", "model.safetensors", wanted]))
         except (OSError, ValueError) as error:
-            sys.exit(f"错误：没有文件夹 {args.model}，Hub 上也取不到（{str(error).splitlines()[0]}）；先训练，或检查名字")
+            sys.exit(f"错误：没有文件夹 {args.model}，Hub 上也取不到（{str(error).split(chr(10))[0]}）；先训练，或检查名字")
     model = root / "final_model" if (root / "final_model").is_dir() else root
     home = root if (root / "snapshots").is_dir() else root.parent
     steps = {int(folder.name[5:]): folder for folder in home.glob("snapshots/step-*[0-9]")}
@@ -85,7 +85,7 @@ def load(folder, tokenizer_folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        sys.exit(f"错误：{folder} 读不出来（{str(error).splitlines()[0]}）；可能没写完，换一个")
+        sys.exit(f"错误：{folder} 读不出来（{str(error).split(chr(10))[0]}）；可能没写完，换一个")
     if (folder / "snapshot.json").exists():
         note = json.loads((folder / "snapshot.json").read_text(encoding="utf-8"))
         print(f"[第 {note['step']} 步，验证损失 {note['eval_loss'] or '未测'}]", file=sys.stderr)

@@ -171,7 +171,7 @@ def retry(action, *arguments):
             status = getattr(getattr(error, "response", None), "status_code", None)
             if wait is None or status and status < 500 and status != 429:
                 hint = "检查令牌和它的权限（hf auth login）" if status in (401, 403) else "再跑同一条命令就接着传"
-                sys.exit(f"错误：上传没有完成（{str(error).splitlines()[0]}）；{hint}")
+                sys.exit(f"错误：上传没有完成（{str(error).split(chr(10))[0]}）；{hint}")
             print(f"{status or type(error).__name__}，{wait} 秒后再试", file=sys.stderr)
             time.sleep(wait)
 

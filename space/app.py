@@ -290,7 +290,7 @@ def main():
     try:
         page = build(Run(args.model))
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"错误：读不出模型 {args.model}（{str(error).splitlines()[0]}）；先训练，或用 --model 指定")
+        sys.exit(f"错误：读不出模型 {args.model}（{str(error).split(chr(10))[0]}）；先训练，或用 --model 指定")
     font = ("system-ui", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "sans-serif")      # 不从网上取字体
     page.launch(share=False, ssr_mode=False, footer_links=[], theme=gr.themes.Default(font=font),
                 css="#bars .bar { height: 10px }")
