@@ -237,7 +237,7 @@ def tokenizer_tab(run):
 
 
 def next_token_tab(run):
-    gr.Markdown("每一步，模型给词表里每个词块一个概率，再按概率**抽一个**。点一个候选，把它接上；改温度，看概率怎样变。")
+    gr.Markdown("模型给每个词块一个概率，再按概率**抽一个**。点一个候选，把它接上（`<0xE9>` 这样的单个字节接不上）；改温度，看概率怎样变。")
 
     def distribution(text, temperature):
         model, ids = run.model(), encode(run, text) or [run.tokenizer.eos_token_id]

@@ -234,7 +234,8 @@ def test_streams_and_stops(browser):
     stopped = value(browser, "output")
     time.sleep(1)
     assert value(browser, "output") == stopped
-    assert int(re.match(r"\d+", text_of(browser, "note"))[0]) < 200
+    count = re.search(r"(\d+) 个词块", text_of(browser, "note"))
+    assert count and int(count[1]) < 200, browser.find_element(By.ID, "note").get_attribute("outerHTML")
 
 
 def test_example_fills_the_prompt(browser):
@@ -272,7 +273,9 @@ def test_pieces(browser):
 
 def test_next_token(browser):
     go_to(browser, "下一个词")
+    fill(browser, "next-text", "教育")                                  # 这个小模型接着它最想写的不是字节
     wait(browser, lambda: text_of(browser, "bars").count("%") == 10)
+    time.sleep(0.5)
     warm = text_of(browser, "bars")
     browser.find_element(By.CSS_SELECTOR, "#heat input[type=range]").send_keys(Keys.HOME)       # 温度 0
     wait(browser, lambda: "100%" in text_of(browser, "bars"))
@@ -280,12 +283,12 @@ def test_next_token(browser):
     token = re.search(r"#(\d+)", text_of(browser, "bars"))[1]
     rows = browser.find_elements(By.CSS_SELECTOR, "#bars button")
     next(row for row in rows if f"#{token}" in row.text).click()
-    piece = tiny_run.tokenizer().decode([int(token)]).replace("\ufffd", "")
-    wait(browser, lambda: value(browser, "next-text") == "中国的历史" + piece)
-    fill(browser, "next-text", "教育")
+    piece = tiny_run.tokenizer().decode([int(token)])
+    assert piece and "\ufffd" not in piece
+    wait(browser, lambda: value(browser, "next-text") == "教育" + piece)
     time.sleep(0.5)                                                     # 人手没有这么快：等页面收下这些字
-    browser.find_element(By.ID, "draw").click()
-    wait(browser, lambda: value(browser, "next-text").startswith("教育"))
+    browser.find_element(By.ID, "draw").click()                         # 温度还是 0：抽到的还是最可能的
+    wait(browser, lambda: len(value(browser, "next-text")) > len("教育" + piece))
 
 
 @pytest.mark.parametrize("tab, name, button", [("生成", "prompt", "start"), ("成长", "growth-prompt", "both"),
