@@ -39,11 +39,13 @@ def call(module, *argv):
 
 
 def error_of(module, *argv):
-    """同 call()，但要求它以 UserError 结束；返回那一行话。"""
+    """同 call()，但要求它以 sys.exit("错误：……") 结束；返回那一行话。"""
     try:
         call(module, *argv)
-    except module.UserError as error:
-        return str(error)                              # 不留住异常对象：它的 traceback 会让文件锁一直占着
+    except SystemExit as error:
+        message = str(error.code)
+        assert message.startswith("错误："), message
+        return message
     raise AssertionError(f"应当报错：{argv}")
 
 
