@@ -24,7 +24,7 @@ import torch
 from common import ROOT, prepare, provenance, write_atomic
 
 sys.path.insert(0, str(ROOT))
-import a100_train  # noqa: E402
+import a100_train
 
 RESULTS = ROOT / "results" / "recipe" / "scaling"
 BLOCK_SIZE, MICRO_BATCH = 256, 32          # 上下文；一次前向至多 32 × 256 token，再大的批量靠累积
