@@ -68,22 +68,22 @@ FULL = dict(width=768, layers=8, vocab=32_000, steps=300)                       
 REFERENCE = dict(rate=3e-4, muon=0, schedule="cosine", warmup=0.17, beta2=0.999)         # 公开参考的配方
 QUEUE = [
     Trial(**REFERENCE, **FULL),
-    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 2e-3]),                                          # 192 维
-    Trial(rate=8e-3, precision="fp32"),
+    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 6.4e-2]),                                        # 192 维
     *sweep([4e-3, 8e-3, 2e-3, 1.6e-2, 1e-3], width=768),
-    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 2e-3], batch=8192),
-    *sweep([8e-3, 4e-3, 1.6e-2, 2e-3, 3.2e-2], width=384),
-    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 2e-3], batch=512),
+    *sweep([1.6e-2, 8e-3, 3.2e-2, 4e-3, 6.4e-2], batch=8192),
+    Trial(rate=8e-3, precision="fp32"),
+    *sweep([8e-3, 4e-3, 1.6e-2, 3.2e-2, 2e-3], width=384),
     *[Trial(rate=8e-3, muon=muon) for muon in (0.01, 0.04)],
-    *sweep([8e-3, 1.6e-2, 3.2e-2], batch=32_768),
+    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 6.4e-2], batch=512),
+    *sweep([1.6e-2, 3.2e-2, 8e-3], batch=32_768),
     *[Trial(rate=8e-3, muon=muon, batch=8192) for muon in (0.01, 0.04)],
-    *sweep([8e-3, 4e-3, 1.6e-2, 2e-3], steps=640),
+    *sweep([8e-3, 4e-3, 1.6e-2, 3.2e-2], steps=640),
     *[Trial(rate=4e-3, muon=muon, width=768) for muon in (0.01, 0.04)],
-    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 2e-3], seed=43),
+    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 6.4e-2], seed=43),
     *sweep([6e-4, 1e-3, 3e-4, 2e-3], width=768, muon=0),                                 # 只用 AdamW
-    Trial(rate=8e-3, muon=0.04, batch=32_768),
+    Trial(rate=1.6e-2, muon=0.04, batch=32_768),
     *[Trial(rate=8e-3, vectors=vectors) for vectors in (0.25, 4.0)],
-    *sweep([8e-3, 4e-3, 1.6e-2], vocab=32_000),
+    *sweep([8e-3, 4e-3, 1.6e-2, 3.2e-2], vocab=32_000),
 ]
 
 
