@@ -171,3 +171,123 @@ def laws(optima):
     parts = {name: select(optima, **{k: v for k, v in base.items() if k != name}) for name in base}
     found = {name: fit_laws(points, [name]) for name, points in parts.items() if len(points) > 1}
     return parts, found
+
+
+def predictions(parts, found):
+    """[(说法, 最优, 低, 高)]：到 768 维、98,304 token/步，用几种算法；都从 192 维、2,048 token/步、160 步的最优出发。"""
+    every = list({id(o): (s, o) for points in parts.values() for s, o in points}.values())
+    rows = [("宽度和批量的拟合一起外推（步数不变）", predict(fit_laws(every, ["width", "batch"]), TARGET,
+                                                   ["width", "batch"]))] if len(every) > 4 else []
+    if {"width", "batch", "steps"} <= found.keys():
+        law = fit_laws(every, ["width", "batch", "steps"])
+        rows.append((f"再加上步数，外推到 {TARGET['steps']:,} 步", predict(law, TARGET, ["width", "batch", "steps"])))
+    return rows
+
+
+def write_table(folder):
+    runs = load(folder / "scaling")
+    noise, first = seed_noise(runs), runs[0]
+    lines, optima = optimum_table(runs, "rate", noise)
+    parts, found = laws(optima)
+    names = {"width": "宽度", "batch": "批量", "steps": "步数"}
+    exponents = [f"| {names[name]} | {law[0][1]:+.2f} ± {law[1][1, 1] ** 0.5:.2f} | {len(parts[name])} 个最优 |"
+                 for name, law in found.items()]
+    guesses = [f"| {name} | {best:.1e} | {low:.1e}–{high:.1e} |"
+               for name, (best, low, high) in predictions(parts, found)]
+    muon_lines, _ = optimum_table(runs, "muon", noise)
+    notes = folder / "notes.md"
+    write_atomic(folder / "README.md", "\n".join([
+        "# 真实宽度上的学习率", "",
+        "命令：`python benchmarks/width.py --corpus …`（训练）、`python benchmarks/width_report.py`（表和图）。每个试验的日志在 "
+        "[scaling/](scaling/)；更早的小模型搜索（267 万参数，调度、预热、β2 等）在 [small/](small/README.md)。",
+        f"机器：{first['machine']}，每个试验 {first['threads']} 个线程；{first['versions']}；{first['date']}。"
+        "bf16 autocast（AMX），上下文 256，词表 8,000（真实大小：32,000）。",
+        f"扫学习率的每字比特，种子误差（比较同一种子的两个学习率时）：标准差 {noise:.3f}。", "",
+        *([notes.read_text("utf-8")] if notes.exists() else []),
+        "![最优学习率随宽度、批量的变化，和真实大小的曲线](scaling.png)", "",
+        "## AdamW 部分的学习率", "", "| 设置 | 学习率：每字比特 | 最优（16%–84%） |", "|---|---|---|", *lines, "",
+        "## 指数：最优 ∝ 变量的几次方", "", "| 变量 | 指数 | 根据 |", "|---|---|---|", *exponents, "",
+        f"## 外推到 {TARGET['width']} 维、{TARGET['batch']:,} token/步", "", "| 算法 | 最优 | 范围（只含拟合误差） |",
+        "|---|---:|---|", *guesses, "",
+        "## Muon 的学习率（矩阵）", "", "| 设置 | 学习率：每字比特 | 最优 |", "|---|---|---|", *muon_lines, "",
+        "## 真实大小：82,066,944 参数，2,048 token/步", "",
+        "| 配方 | 种子 | 步 | **每字比特** | 损失 nat | token：每字比特 |", "|---|---|---|---|---|---|",
+        *full_table(runs)]) + "\n")
+    return runs, optima, noise
+
+
+# ==== 4. 图 ====
+
+def draw_curves(axis, runs, name, noise):
+    """每字比特对学习率，name（width 或 batch）每个值一条；最优画竖线。"""
+    _, optima = optimum_table(runs, "rate", noise)
+    base = {k: v for k, v in dict(width=192, batch=2048, steps=160).items() if k != name}
+    every = curves(runs, "rate")
+    for color, (settings, optimum) in enumerate(select_all(optima, **base)):
+        (curve,) = [c for key, c in every.items() if dict(key) == settings]
+        means = {rate: np.mean(bits) for rate, bits in curve.items() if math.isfinite(np.mean(bits))}
+        axis.plot(means.keys(), means.values(), "o-", color=f"C{color}", label=f"{settings[name]:,}")
+        if not optimum["edge"]:
+            axis.axvspan(optimum["low"], optimum["high"], color=f"C{color}", alpha=0.15, lw=0)
+    axis.set(xscale="log", xlabel="AdamW 部分的学习率", ylabel="每字比特（验证）")
+    axis.legend(title={"width": "宽度", "batch": "token/步"}[name])
+
+
+def select_all(optima, **fixed):
+    """同 select()，但最低点在边上的也要。"""
+    edges = {id(o): o["edge"] for _, o in optima}
+    kept = select([(s, o | {"edge": "", "id": id(o)}) for s, o in optima], **fixed)
+    return [(s, o | {"edge": edges[o["id"]]}) for s, o in kept]
+
+
+def draw_law(axis, optima):
+    """最优对批量：量到的点（颜色是宽度），外推到完整训练的范围，公开的值。"""
+    parts, found = laws(optima)
+    for color, wide in enumerate((192, 384, 768)):
+        for s, o in select(optima, width=wide, steps=160):
+            axis.errorbar(s["batch"], o["best"], [[o["best"] - o["low"]], [o["high"] - o["best"]]], fmt="o",
+                          color=f"C{color}", capsize=3, label=f"{wide} 维")
+    for color, (name, (best, low, high)) in enumerate(predictions(parts, found)):
+        axis.errorbar(TARGET["batch"] * 1.15**color, best, [[best - low], [high - best]], fmt="s", capsize=3,
+                      color="black" if color else "gray", label=f"外推：{name}")
+    for batch, rate, source in PUBLISHED:
+        axis.plot(batch, rate, "*", ms=12, color="C3", label=f"公开：{source}")
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(handles.values(), handles.keys(), fontsize=7)
+    axis.set(xscale="log", yscale="log", xlabel="token/步", ylabel="最优学习率")
+
+
+def draw(runs, optima, noise, path):
+    from matplotlib import font_manager
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    plt.rcParams["font.sans-serif"] = [n for n in ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei",
+                                                   "PingFang SC") if n in known] + ["DejaVu Sans"]
+    plt.rcParams["axes.unicode_minus"] = False
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    draw_curves(axes[0, 0], runs, "width", noise)
+    draw_curves(axes[0, 1], runs, "batch", noise)
+    draw_law(axes[1, 0], optima)
+    for run in sorted((r for r in runs if r["layers"] == 8), key=lambda r: -r["bits"]):
+        rows = [row for row in run["rows"] if "bits_per_char" in row]
+        axes[1, 1].plot([row["tokens"] for row in rows], [row["bits_per_char"] for row in rows], "o-", ms=3,
+                        label=f"{recipe_name(run)}（种子 {run['seed']}）")
+    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）")
+    axes[1, 1].legend(fontsize=8)
+    for axis, title in zip(axes.flat, ("2 层，2,048 token/步，160 步", "192 维 × 2 层，160 步", "最优学习率对批量",
+                                       "真实大小：82 M 参数，2,048 token/步"), strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="里面有 scaling/ 的文件夹")
+    args = parser.parse_args()
+    runs, optima, noise = write_table(args.results)
+    draw(runs, optima, noise, args.results / "scaling.png")
+
+
+if __name__ == "__main__":
+    main()
