@@ -68,6 +68,8 @@ FULL = dict(width=768, layers=8, vocab=32_000, steps=300)                       
 REFERENCE = dict(rate=3e-4, muon=0, schedule="cosine", warmup=0.17, beta2=0.999)         # 公开参考的配方
 QUEUE = [
     Trial(**REFERENCE, **FULL),
+    Trial(rate=2e-3, **FULL),
+    Trial(rate=1e-3, muon=0, **FULL),
     *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 6.4e-2]),                                        # 192 维
     *sweep([4e-3, 8e-3, 2e-3, 1.6e-2], width=768),
     *sweep([1.6e-2, 8e-3, 3.2e-2, 6.4e-2], batch=8192),
