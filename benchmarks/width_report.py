@@ -3,7 +3,7 @@
 
     python benchmarks/width_report.py
 
-最优：在 log2(学习率) 上给最低点两侧的几个点配一条抛物线，取顶点；范围是给每个点加上种子那样大的噪声、重配 1,000 次得到的
+最优：在 log2(学习率) 上给最低点附近的几个点配一条抛物线，取顶点；范围是给每个点加上种子那样大的噪声、重配 1,000 次得到的
 16%–84%。最低点在扫过的边上时不外推，只说“不小于”或“不大于”。
 """
 
@@ -22,7 +22,7 @@ from common import ROOT, read_lines, write_atomic
 RESULTS = ROOT / "results" / "recipe"
 TARGET = dict(width=768, batch=98_304, steps=11_838)     # 完整训练；步数是公开参考的
 FIELDS = ("width", "layers", "vocab", "batch", "steps", "schedule", "warmup", "beta2", "vectors", "precision")
-DRAWS = 1000
+DRAWS, WINDOW = 1000, 0.12          # 重配的次数；每字比特：离最低点再远，抛物线就不像了
 PUBLISHED = [(524_288, 3.6e-3, "modded-nanogpt\n124M, 词向量共享")]     # (token/步, AdamW 部分的学习率, 出处)
 
 
@@ -63,9 +63,9 @@ def seed_noise(runs):
 # ==== 2. 最优学习率和它的误差 ====
 
 def vertex(x, y):
-    """最低点左右至多各两个点配抛物线，返回顶点的 x；开口不向上就返回最低的点。"""
+    """给不比最低点高出 WINDOW 的点（至少是最低点和它的邻居）配抛物线，返回顶点的 x；开口不向上就返回最低的点。"""
     lowest = int(np.argmin(y))
-    near = slice(max(0, lowest - 2), lowest + 3)
+    near = (y <= y[lowest] + WINDOW) | (abs(np.arange(len(y)) - lowest) <= 1)
     a, b, _ = np.polyfit(x[near] - x[lowest], y[near], 2)
     return float(np.clip(x[lowest] - b / (2 * a) if a > 0 else x[lowest], x[0] - 1, x[-1] + 1))
 
