@@ -154,7 +154,8 @@ def write_table(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "recipe" / "small", help="日志和表写在哪里")
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "recipe" / "small",
+                        help="日志和表写在哪里")
     parser.add_argument("--corpus", nargs="+", help="换成别的文本，写法见 prepare_corpus.py")
     parser.add_argument("--base", type=Path, default=Path("recipe-work"), help="准备好的数据放在哪里")
     parser.add_argument("--budget_minutes", type=float, default=1e9, help="跑多少分钟就停，下次接着跑")

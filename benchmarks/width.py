@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """学习率怎样随宽度、批量、步数变：在几个宽度上扫学习率，外推到 768 维、98,304 token/步；再在真实大小上比三种配方。
 
-    python benchmarks/width.py --corpus 百科=a.jsonl 问答=b.jsonl --work_dir width-work        # 按 QUEUE 的次序跑，跑过的不再跑
-    python benchmarks/width.py --work_dir width-work --only w768x8                       # 只跑名字以它开头的
-    python benchmarks/width_report.py                                                    # 由日志重写表和图
+    python benchmarks/width.py --corpus 百科=a.jsonl 问答=b.jsonl --work_dir width-work    # 按 QUEUE 的次序跑，跑过的略过
+    python benchmarks/width.py --work_dir width-work --only w768x8                   # 只跑名字以它开头的
+    python benchmarks/width_report.py                                                # 由日志重写表和图
 
 几个进程可以一起跑（OMP_NUM_THREADS=1，一核一个）：每个试验有一把锁。日志在 results/recipe/scaling/，每个试验一个文件：
 第一行是设置与出处，其后每次验证一行；发散的也留着。模型、优化器、数据次序、验证都是 a100_train.py 里的函数。
@@ -81,6 +81,7 @@ QUEUE = [
     *sweep([2e-3, 8e-3, 3.2e-2], width=384),
     *sweep([1.6e-2, 4e-3, 6.4e-2], seed=43),
     Trial(rate=1.6e-2, precision="fp32"),
+    *sweep([1.6e-2, 4e-3, 6.4e-2], vocab=32_000),
     *sweep([1.6e-2, 3.2e-2], batch=32_768),
     *sweep([4e-3, 1.6e-2, 1e-3], batch=512, steps=2560),
     *sweep([8e-3], batch=32_768),
@@ -88,7 +89,6 @@ QUEUE = [
     *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0)],
     *sweep([1e-3, 5e-4, 2e-3], width=768, muon=0),                                       # 只用 AdamW
     *sweep([4e-3, 1.6e-2], width=384),
-    *sweep([4e-3, 1.6e-2, 6.4e-2], vocab=32_000),
     *[Trial(rate=8e-3, muon=muon, width=384) for muon in (0.01, 0.04)],
     *sweep([8e-3], steps=640),
     *sweep([8e-3, 3.2e-2], seed=43),
@@ -183,7 +183,8 @@ def train(trial, work_dir, pause):
         if step in marks:
             with autocast():
                 loss, bits = held_out(model, work_dir)
-            yield {"step": step, "tokens": step * trial.batch, "cpu_seconds": round(time.process_time() - start, 1),
+            yield {"step": step, "tokens": step * trial.batch,
+                   "cpu_seconds": round(time.process_time() - start, 1),
                    "train_loss": round(sum(losses) / len(losses), 4) if losses else None,
                    "eval_loss": round(loss, 5), "bits_per_char": round(bits, 5)}
             losses = []

@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -72,12 +71,13 @@ def vertex(x, y):
 
 def fit_optimum(rates, bits, noise, seed=0):
     """返回 {"best", "low", "high", "edge"}：最优学习率、16%–84% 范围，edge 是 "<"、">"（最低点在边上）或 ""。"""
-    pairs = [(math.log2(rate), value) for rate, value in zip(rates, bits, strict=True) if math.isfinite(value)]
-    x, y = map(np.array, zip(*sorted(pairs), strict=True))
+    pairs = sorted((math.log2(rate), value) for rate, value in zip(rates, bits, strict=True))
+    x, y = map(np.array, zip(*(pair for pair in pairs if math.isfinite(pair[1])), strict=True))
     lowest = int(np.argmin(y))
     edge = "<" if lowest == 0 else ">" if lowest == len(x) - 1 else ""
     if edge or len(x) < 3:
-        return {"best": 2 ** x[lowest], "low": 2 ** (x[lowest] - 1), "high": 2 ** (x[lowest] + 1), "edge": edge or "?"}
+        best = 2 ** x[lowest]
+        return {"best": best, "low": best / 2, "high": best * 2, "edge": edge or "?"}
     rng = np.random.default_rng(seed)
     draws = [vertex(x, y + noise * rng.standard_normal(len(y))) for _ in range(DRAWS)]
     low, high = np.percentile(draws, [16, 84])
@@ -112,7 +112,8 @@ def describe(settings):
     s = dict(settings)
     text = f"{s['width']} 维 × {s['layers']} 层，{s['batch']:,} token/步，{s['steps']} 步"
     extra = [(s["vocab"] != 8000, f"词表 {s['vocab']:,}"), (s.get("muon") == 0, "只用 AdamW"),
-             (s["precision"] != "bf16", s["precision"]), (s["vectors"] != 1, f"LayerNorm、偏置 × {s['vectors']:g}")]
+             (s["precision"] != "bf16", s["precision"]),
+             (s["vectors"] != 1, f"LayerNorm、偏置 × {s['vectors']:g}")]
     return "，".join([text, *(words for true, words in extra if true)])
 
 
@@ -136,7 +137,8 @@ def optimum_table(runs, swept, noise):
         seeds = max(map(len, curve.values()))
         fixed = f"；矩阵 {settings['muon']:g}" if swept == "rate" and settings["muon"] else ""
         fixed = f"；AdamW 部分 {settings['rate']:g}" if swept == "muon" else fixed
-        lines.append(f"| {describe(key)}{fixed} | {cells}{f'（{seeds} 个种子）' if seeds > 1 else ''} | {show(best)} |")
+        cells += f"（{seeds} 个种子）" if seeds > 1 else ""
+        lines.append(f"| {describe(key)}{fixed} | {cells} | {show(best)} |")
         optima.append((settings, best))
     return lines, optima
 
@@ -226,11 +228,16 @@ def draw_curves(axis, runs, name, noise):
     for color, (settings, optimum) in enumerate(select_all(optima, **base)):
         (curve,) = [c for key, c in every.items() if dict(key) == settings]
         means = {rate: np.mean(bits) for rate, bits in curve.items() if math.isfinite(np.mean(bits))}
-        axis.plot(means.keys(), means.values(), "o-", color=f"C{color}", label=f"{settings[name]:,}")
+        lowest = min(means.values())
+        axis.plot(means.keys(), [value - lowest for value in means.values()], "o-", color=f"C{color}",
+                  label=f"{settings[name]:,}（{lowest:.2f}）")
         if not optimum["edge"]:
             axis.axvspan(optimum["low"], optimum["high"], color=f"C{color}", alpha=0.15, lw=0)
-    axis.set(xscale="log", xlabel="AdamW 部分的学习率", ylabel="每字比特（验证）")
-    axis.legend(title={"width": "宽度", "batch": "token/步"}[name])
+    ticks = [1e-3 * 2**i for i in range(7)]
+    axis.set(xscale="log", xlabel="AdamW 部分的学习率", ylabel="每字比特，减去各自最低的", ylim=(-0.01, 0.2))
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(title={"width": "宽度（最低）", "batch": "token/步（最低）"}[name])
 
 
 def select_all(optima, **fixed):
@@ -243,10 +250,12 @@ def select_all(optima, **fixed):
 def draw_law(axis, optima):
     """最优对批量：量到的点（颜色是宽度），外推到完整训练的范围，公开的值。"""
     parts, found = laws(optima)
-    for color, wide in enumerate((192, 384, 768)):
-        for s, o in select(optima, width=wide, steps=160):
-            axis.errorbar(s["batch"], o["best"], [[o["best"] - o["low"]], [o["high"] - o["best"]]], fmt="o",
-                          color=f"C{color}", capsize=3, label=f"{wide} 维")
+    steps_seen = sorted({s["steps"] for s, _ in select(optima)})
+    for s, o in select(optima):
+        shift = 1 + 0.08 * steps_seen.index(s["steps"])          # 错开一点，免得压在一起
+        axis.errorbar(s["batch"] * shift, o["best"], [[o["best"] - o["low"]], [o["high"] - o["best"]]],
+                      fmt="o^D"[steps_seen.index(s["steps"])], capsize=3,
+                      color=f"C{(192, 384, 768).index(s['width'])}", label=f"{s['width']} 维，{s['steps']:,} 步")
     for color, (name, (best, low, high)) in enumerate(predictions(parts, found)):
         axis.errorbar(TARGET["batch"] * 1.15**color, best, [[best - low], [high - best]], fmt="s", capsize=3,
                       color="black" if color else "gray", label=f"外推：{name}")

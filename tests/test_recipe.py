@@ -3,13 +3,13 @@
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
 import width
 import width_report
 
@@ -39,7 +39,8 @@ def test_laws_recover_their_exponents():
     optima = []
     for wide, batch in ((192, 2048), (384, 2048), (768, 2048), (192, 512), (192, 8192)):
         best = 1e-2 * (wide / 192) ** -0.5 * (batch / 2048) ** 0.3
-        optima.append(({"width": wide, "batch": batch}, {"best": best, "low": best / 1.1, "high": best * 1.1}))
+        optimum = {"best": best, "low": best / 1.1, "high": best * 1.1}
+        optima.append(({"width": wide, "batch": batch}, optimum))
     law = width_report.fit_laws(optima, ["width", "batch"])
     assert law[0][1:] == pytest.approx([-0.5, 0.3])
     best, low, high = width_report.predict(law, {"width": 768, "batch": 98_304}, ["width", "batch"])
