@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")      # GPT-2 的
 COMMAS = "，！？：；（）"
+SENTENCE = "人工智能正在改变世界，你觉得呢？"
 
 
 def read_texts(folder, part):
@@ -76,6 +77,7 @@ def measure(folder, count_gpt2):
     tokens = {"ours": sum(map(len, ours.encode(texts))), "characters": characters,
               "bytes": sum(len(text.encode("utf-8")) for text in texts), "gpt2": sum(map(count_gpt2, texts))}
     return {"vocab_size": ours.get_piece_size(), "documents": len(texts), "tokens": tokens,
+            "sentence": {"ours": ours.encode(SENTENCE, out_type=str), "gpt2": count_gpt2(SENTENCE)},
             "characters_per_token": {name: round(characters / number, 4) for name, number in tokens.items()}}
 
 
