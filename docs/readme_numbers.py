@@ -103,7 +103,7 @@ def updated(text):
             new = printed_as(look_up(name, path), old)
             block = block.replace(f"{path}={old}", f"{path}=\0{new}")
             if old != new:                   # 先做记号，免得换成的新数又被当成旧的
-                block = re.sub(rf"(?<![\d.,=]){re.escape(old)}(?![\d])", f"\0{new}", block)
+                block = re.sub(rf"(?<![\d.,=\0]){re.escape(old)}(?![\d])", f"\0{new}", block)
         block = block.replace("\0", "")
         return SAMPLE.sub(lambda found: f"| {samples[int(found[2]), found[3]][:SAMPLE_LENGTH]} "
                                         f"<!-- 续写 {found[2]} {found[3]} -->", block)
