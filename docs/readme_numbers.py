@@ -5,7 +5,8 @@ README.md 的每一段（空行分开）里有小数、或带单位的数时，�
     <!-- 出处 文件 路径=印出的数 路径=印出的数; 文件 …… -->    与文件里的数相差不超过印出的末位
     <!-- 算 …… -->  <!-- 资料：…… -->                         由文中的式子算出；别处的说法
     段里写着“未测”
-路径里的步数是 .jsonl 的 step，空格写作 ␣。<!-- 续写 步 开头 --> 是表格里一段续写，来自 results/demo/samples.jsonl。
+路径里的步数是 .jsonl 的 step，空格写作 ␣。<!-- 续写 步 开头 --> 前面是一段续写，来自 results/demo/samples.jsonl；
+<!-- 日志 步 --> 前面是一行日志，照 a100_train.py 的格式由 results/demo/ 里的数写出。
 
     python docs/readme_numbers.py              # 核对
     python docs/readme_numbers.py --update     # 重新量过演示以后：<!-- demo:begin --> 到 <!-- demo:end --> 里的数和续写换成新的
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"\d\.\d|\d ?(?:秒|分钟|小时|GB|MB|元|倍|%|k token|token/s)")
 EXCUSES = ("<!-- 出处", "<!-- 算", "<!-- 资料", "未测")
 SAMPLE = re.compile(r"\| ([^|<]*?) <!-- 续写 (\d+) (\S+) -->")
+LOG_LINE = re.compile(r"`[^`]*` <!-- 日志 (\d+) -->")
 SAMPLE_LENGTH = 48                           # 表格里只放开头这么多字
 
 
@@ -45,7 +47,15 @@ def look_up(name, path):
     value = read(name)
     for key in path.replace("␣", " ").split(".", 1 if path.startswith("ratio.") else -1):
         value = value[int(key) if isinstance(value, list) else key]
-    return float(value)
+    return value if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value) else float(value)
+
+
+def log_line(step):
+    config, row = read("results/demo/config.json"), read("results/demo/train_log.jsonl")[step]
+    total, speed = config["total_steps"], row["tokens_per_second"]
+    seconds = (total - int(step)) * config["effective_batch_size"] * config["block_size"] / speed
+    return (f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
+            f"MFU {speed * config['flops_per_token'] / 312e12:.0%} | 剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->")
 
 
 def marks(text):
@@ -58,7 +68,9 @@ def marks(text):
 
 
 def printed_as(value, like):
-    """把 value 写成 like 的样子：同样的小数位，有没有千分位，是不是百分数。"""
+    """把 value 写成 like 的样子：同样的小数位，有没有千分位，是不是百分数；文字原样。"""
+    if isinstance(value, str):
+        return value.replace(" ", "␣")
     percent = like.endswith("%")
     decimals = len(like.rstrip("%").partition(".")[2])
     text = f"{value * (100 if percent else 1):,.{decimals}f}"
@@ -82,8 +94,11 @@ def problems(text):
         for name, path, printed in marks(block):
             if printed_as(look_up(name, path), printed) != printed:
                 found.append(f"{name} {path} 是 {look_up(name, path)}，README 写 {printed}")
-            if not re.search(rf"(?<![\d.,]){re.escape(printed)}(?![\d])", plain):
+            if not re.search(rf"(?<![\d.,]){re.escape(printed.replace('␣', ' '))}(?![\d])", plain):
                 found.append(f"{name} {path}={printed} 没有印在那一段里：{plain.strip()[:60]}")
+    for line in LOG_LINE.finditer(text):
+        if line[0] != log_line(line[1]):
+            found.append(f"日志应当是 {log_line(line[1])}，README 写 {line[0]}")
     samples = [json.loads(line) for line in
                (ROOT / "results/demo/samples.jsonl").read_text(encoding="utf-8").splitlines()]
     for shown, step, prompt in SAMPLE.findall(text):
@@ -103,8 +118,9 @@ def updated(text):
             new = printed_as(look_up(name, path), old)
             block = block.replace(f"{path}={old}", f"{path}=\0{new}")
             if old != new:                   # 先做记号，免得换成的新数又被当成旧的
-                block = re.sub(rf"(?<![\d.,=\0]){re.escape(old)}(?![\d])", f"\0{new}", block)
-        block = block.replace("\0", "")
+                shown = re.escape(old.replace("␣", " "))
+                block = re.sub(rf"(?<![\d.,=\0]){shown}(?![\d])", f"\0{new.replace('␣', ' ')}", block)
+        block = LOG_LINE.sub(lambda found: log_line(found[1]), block.replace("\0", ""))
         return SAMPLE.sub(lambda found: f"| {samples[int(found[2]), found[3]][:SAMPLE_LENGTH]} "
                                         f"<!-- 续写 {found[2]} {found[3]} -->", block)
 
