@@ -128,7 +128,7 @@ def optimum_table(runs, swept, noise):
     lines, optima = [], []
     for key, curve in sorted(curves(runs, swept).items()):
         settings = dict(key)
-        if len(curve) < 2 or settings["layers"] == 8 or (swept == "muon" and 0 in curve):
+        if len(curve) < 2 or (settings["layers"], settings["vocab"]) == (8, 32_000) or (swept == "muon" and 0 in curve):
             continue
         means = {rate: float(np.mean(bits)) for rate, bits in curve.items()}
         best = fit_optimum(means, means.values(), noise)
@@ -145,7 +145,7 @@ def optimum_table(runs, swept, noise):
 
 def full_table(runs):
     """真实大小：每个配方一行，各验证点的每字比特。"""
-    full = sorted((r for r in runs if r["layers"] == 8), key=lambda r: (r["steps"], r["bits"]))
+    full = sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: (r["steps"], r["bits"]))
     lines = []
     for run in full:
         points = "，".join(f"{row['tokens'] / 1000:.0f}k：{row['bits_per_char']:.3f}" for row in run["rows"]
@@ -276,7 +276,7 @@ def draw(runs, optima, noise, path):
     draw_curves(axes[0, 0], runs, "width", noise)
     draw_curves(axes[0, 1], runs, "batch", noise)
     draw_law(axes[1, 0], optima)
-    for run in sorted((r for r in runs if r["layers"] == 8), key=lambda r: -r["bits"]):
+    for run in sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: -r["bits"]):
         rows = [row for row in run["rows"] if "bits_per_char" in row]
         axes[1, 1].plot([row["tokens"] for row in rows], [row["bits_per_char"] for row in rows], "o-", ms=3,
                         label=f"{recipe_name(run)}（种子 {run['seed']}）")
