@@ -20,31 +20,31 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 LOGS, PICTURE = ROOT / "results" / "sick_curves", Path(__file__).with_name("sick_curves.png")
 BLOCKS, SMALL = 8, 12_000      # 每步 8 × 64 = 512 token；背书的两次只用 12,000 个训练 token，240 步读十遍
-SICK = {                     # 名字: (标题, 命令行, 改的是什么)
+SICK = {                      # 名字: (标题, 命令行, 改的是什么)
     "healthy": ("健康", [], ""),
     "high": ("学习率太高", ["--learning_rate", "0.8", "--muon_learning_rate", "1.0"], ""),
     "low": ("学习率太低", ["--learning_rate", "1.6e-4", "--muon_learning_rate", "2e-4"], ""),
     "no-warmup": ("没有预热", [], "no_warmup"),
     "shuffled": ("目标打乱了", [], "shuffled"),
-    "overfit": ("背书：文字太少", [], "small"),
-    "eval-on-train": ("用训练的文字验证", [], "small eval_on_train"),
+    "small": ("文字太少：背书", [], "small"),
 }
+PANELS = [("high", "eval_loss", "学习率太高"), ("low", "eval_loss", "学习率太低"), ("no-warmup", "eval_loss", "没有预热"),
+          ("shuffled", "eval_loss", "目标打乱了"), ("small", "eval_held_out_loss", "文字太少：背书"),
+          ("small", "eval_seen_loss", "同一次训练，用训练的文字验证")]
 
 
-def edit_packed(folder, change):
-    """改打包好的数据：small 只留开头一段训练文字；eval_on_train 拿这一段当验证集。"""
-    train, meta_path = folder / "train.bin", folder / "meta.json"
-    meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    if "small" in change:
-        train.write_bytes(train.read_bytes()[:2 * SMALL])
-        meta["train_tokens"] = SMALL
-    if "eval_on_train" in change:
-        part = train.read_bytes()[:20_000]
-        (folder / "eval.bin").write_bytes(part)
-        characters = round(len(part) // 2 * 1.3)         # 图里只用 nat，每字比特不作数
-        meta["eval_sources"] = {"train": {"start": 0, "end": len(part) // 2, "characters": characters}}
+def edit_packed(folder):
+    """改打包好的数据：只留开头一段训练文字；验证集分成没见过的（held_out）和这一段自己（seen）。"""
+    train, held_out, path = folder / "train.bin", folder / "eval.bin", folder / "meta.json"
+    meta, seen = json.loads(path.read_text(encoding="utf-8")), train.read_bytes()[:2 * SMALL]
+    end, characters = held_out.stat().st_size // 2, sum(part["characters"] for part in meta["eval_sources"].values())
+    train.write_bytes(seen)
+    held_out.write_bytes(held_out.read_bytes() + seen)
+    meta["eval_sources"] = {"held_out": {"start": 0, "end": end, "characters": characters},
+                            "seen": {"start": end, "end": end + SMALL, "characters": round(1.29 * SMALL)}}
+    meta["train_tokens"] = SMALL
     meta["files"] = {name: (folder / name).stat().st_size for name in meta["files"]}
-    meta_path.write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
 def train_here(change, arguments):
@@ -74,7 +74,8 @@ def start(name, base, steps, work):
     folder = work / name
     for part in ("corpus", "tokenizer", "packed"):
         shutil.copytree(base / part, folder / part)
-    edit_packed(folder / "packed", change)
+    if change == "small":
+        edit_packed(folder / "packed")
     command = [sys.executable, __file__, "--train", change, "--preset", "demo", "--device", "cpu", "--no-snapshots",
                "--batch_size", str(BLOCKS), "--effective_batch_size", str(BLOCKS), "--max_steps", str(steps),
                "--eval_steps", str(max(1, steps // 6)), "--logging_steps", str(max(1, steps // 60)),
@@ -110,21 +111,21 @@ def draw():
     import plot_loss
     chinese = plot_loss.use_chinese_font() == "zh"
     figure = Figure(figsize=(11, 6.5), dpi=130, layout="tight")
-    runs = {name: plot_loss.read_run(LOGS / f"{name}.jsonl") for name in SICK if (LOGS / f"{name}.jsonl").exists()}
-    healthy = runs.pop("healthy")
-    for place, (name, sick) in enumerate(runs.items(), 1):
+    runs = {name: [json.loads(line) for line in (LOGS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for name in SICK}
+    for place, (name, dots, title) in enumerate(PANELS, 1):
         axes = figure.add_subplot(2, 3, place)
-        for run, color, label in (healthy, "0.6", "healthy"), (sick, "C3", name):
-            steps, losses, _ = zip(*run["train"], strict=True)
-            axes.plot(steps, losses, color=color, linewidth=1.2, label=SICK[label][0] if chinese else label)
-            if run["eval"]:
-                steps, losses, _ = zip(*run["eval"], strict=True)
-                axes.plot(steps, losses, "o", color=color, markersize=4)
-        top = max(11, min(30, max(loss for _, loss, _ in sick["train"])))
-        axes.set(ylim=(4, top), title=SICK[name][0] if chinese else name)
-        axes.legend(loc="upper right", frameon=False, fontsize=8)
+        for run, color, key in (runs["healthy"], "0.6", "eval_loss"), (runs[name], "C3", dots):
+            losses = [(row["step"], row["loss"]) for row in run if "loss" in row]
+            axes.plot(*zip(*losses, strict=True), color=color, linewidth=1.2)
+            points = [(row["step"], row[key]) for row in run if key in row]
+            axes.plot(*zip(*points, strict=True), "o", color=color, markersize=4)
+        values = [value for _, value in losses + points]
+        axes.set(ylim=(min(4, min(values) - 0.5), max(11, min(35, max(values) + 0.5))),
+                 title=title if chinese else f"{name} ({dots})")
         axes.grid(alpha=0.2)
-    figure.supxlabel("步；线是训练损失，点是验证损失（nat）" if chinese else "step; lines: training, dots: held-out (nats)")
+    figure.supxlabel("步；线是训练损失，点是验证损失（nat）；灰的是健康的" if chinese
+                     else "step; lines: training, dots: evaluation (nats); gray: healthy")
     figure.savefig(PICTURE)
     print(f"写好 {PICTURE}")
 
