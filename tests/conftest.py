@@ -26,7 +26,7 @@ VOCAB_SIZE, SEED = 1500, 42
 
 
 def call(module, *argv):
-    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值，出错时抛 module.UserError。"""
+    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值。"""
     old = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, argv)]
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
@@ -39,11 +39,12 @@ def call(module, *argv):
 
 
 def error_of(module, *argv):
-    """同 call()，但要求它以 UserError 结束；返回那一行话。"""
+    """同 call()，但要求它以一行“错误：……”结束；返回那一行话。"""
     try:
         call(module, *argv)
-    except module.UserError as error:
-        return str(error)                              # 不留住异常对象：它的 traceback 会让文件锁一直占着
+    except SystemExit as stop:
+        assert isinstance(stop.code, str) and stop.code.startswith("错误：") and "\n" not in stop.code, stop.code
+        return stop.code
     raise AssertionError(f"应当报错：{argv}")
 
 
@@ -97,7 +98,7 @@ def work_dir(real_texts, tmp_path_factory):
         sources.append(f"{name}={write_jsonl(folder.parent / f'{name}.jsonl', texts[:1500])}")
     call(prepare_corpus, "--corpus", *sources, "--output_dir", folder / "corpus")
     call(train_tokenizer, "--corpus_dir", folder / "corpus", "--output_dir", folder / "tokenizer",
-         "--vocab_size", VOCAB_SIZE, "--threads", 1)
+         "--vocab_size", VOCAB_SIZE)
     a100_train.pack(folder, SEED)
     return folder
 
