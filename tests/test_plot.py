@@ -148,6 +148,7 @@ def test_lines_hold_the_data(tmp_path):
     flat = [line.get_ydata()[0] for line in lines if list(line.get_xdata()) == [0, 1]]
     assert flat == pytest.approx([math.log(3000), 6.4])
     assert [line.get_xdata()[0] for line in lines if list(line.get_ydata()) == [0, 1]] == [40.0, 80.0]
+    axes.figure.draw_without_rendering()             # 右边的轴画的时候才定
     low, high = axes.get_ylim()
     assert low < 6.4 < math.log(3000) < high
     assert axes.child_axes[0].get_ylim() == pytest.approx((low * 1.3, high * 1.3))
