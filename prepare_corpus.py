@@ -35,6 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
+import multiprocess
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -173,10 +174,10 @@ def json_values(file):
     try:
         value = json.loads(text or "[]")
         return value if isinstance(value, list) else [value]
-    except json.JSONDecodeError as error:
-        if not error.msg.startswith("Extra data"):
-            raise
-        return json_lines(io.StringIO(text))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg.startswith("Extra data"):
+            return json_lines(io.StringIO(text))
+        raise ValueError(f"不是完整的 JSON（{error}）")
 
 
 def read_rows(path):
@@ -187,8 +188,7 @@ def read_rows(path):
         for batch in pq.ParquetFile(whole).iter_batches(1000):
             yield from batch.to_pylist()
         return
-    readers = {".csv": csv.DictReader, ".json": json_values, ".txt": txt_pieces,
-               ".jsonl": json_lines}
+    readers = {".csv": csv.DictReader, ".json": json_values, ".txt": txt_pieces, ".jsonl": json_lines}
     csv.field_size_limit(1 << 30)
     with io.TextIOWrapper(open_binary(path), encoding=find_encoding(path)) as file:      # \r\n 和 \r 都读成 \n
         try:
@@ -198,46 +198,57 @@ def read_rows(path):
             raise ValueError(f"不是正确的 {error.encoding}，第 {place} 字节是坏的")
 
 
-def text_of(row, text_column):
+def text_of(row, number, text_column):
     """从一行里取出文本：--text_column 指明的列，没有就依次找 text、completion、INSTRUCTION + RESPONSE。"""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise ValueError(f"既不是对象也不是字符串：{str(row)[:40]!r}")
+        raise ValueError(f"第 {number} 项既不是对象也不是字符串：{str(row)[:40]!r}")
     column = next((name for name in (text_column, "text", "completion") if name in row), None)
     if not column and not row.keys() >= {"INSTRUCTION", "RESPONSE"}:
-        raise ValueError(f"没有文本列，只有 {'、'.join(map(str, row))}；用 --text_column 指明哪一列是文本")
+        raise ValueError(f"第 {number} 项没有文本列，只有 {'、'.join(map(str, row))}；用 --text_column 指明哪一列是文本")
     value = row[column] if column else f"{row['INSTRUCTION'] or ''}\n{row['RESPONSE'] or ''}"
     if not isinstance(value, str | None):
-        raise ValueError(f"文本列不是字符串：{str(value)[:40]!r}；用 --text_column 指明文本列")
+        raise ValueError(f"第 {number} 项的文本列不是字符串：{value!r:.40}；用 --text_column 指明文本列")
     return value or ""
 
 
 def read_documents(name, path, text_column):
-    """逐篇给出一个文件的 {"text", "source", "replaced_surrogates"}；读不了的，一行话说清是哪个文件的哪里。"""
+    """逐篇给出一个文件的 {"text", "source", "replaced_surrogates"}；读不了的，一行话说清在哪里。返回行数。"""
     number = 0
     try:
         for row in read_rows(path):
             number += 1
-            if row is not None:
-                text = text_of(row, text_column)
-                fixed = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                lost = fixed.count("\ufffd") - text.count("\ufffd")      # 落单的代理字符写不成 UTF-8，换成 �
-                yield {"text": fixed, "source": name, "replaced_surrogates": lost}
+            if number == 1 and name in DATASETS and sorted(row) != DATASETS[name][3]:
+                print(f"{name}：已知的列是 {DATASETS[name][3]}，这次是 {sorted(row)}；数据集可能更新过")
+            if row is None:                          # .jsonl 里的空行
+                continue
+            text = text_of(row, number, text_column)
+            fixed = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            lost = fixed.count("\ufffd") - text.count("\ufffd")          # 落单的代理字符写不成 UTF-8，换成 �
+            yield {"text": fixed, "source": name, "replaced_surrogates": lost}
     except (ValueError, RecursionError, EOFError, lzma.LZMAError, zlib.error, csv.Error, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, 5):      # 没有权限之类，不是文件坏了
             raise
-        sys.exit(f"错误：{path} 读不了，第 {number} 项或下一项：{' '.join(str(error).split())}；修好它，或重新下载")
+        ours = type(error) is ValueError             # 我们自己说清了的；其余是读文件的库报的
+        problem = "" if ours else "已损坏或没下载完："
+        sys.exit(f"错误：{path} {problem}{' '.join(str(error).split())}；修好它，或重新下载")
+    return number
 
 
 def documents(sources, where, text_column):
     """逐篇给出全部来源的文档。给 Dataset.from_generator 的，在主进程里运行。"""
+    rows = 0
     for name, files in sources.items():
         if name == "demo" and not files:
-            yield from ({"text": text, "source": source, "replaced_surrogates": 0} for source, text in demo_documents())
+            for source, text in demo_documents():
+                rows += 1
+                yield {"text": text, "source": source, "replaced_surrogates": 0}
             continue
         for path in files or download(name, where):
-            yield from read_documents(name, path, text_column)
+            rows += yield from read_documents(name, path, text_column)
+    if not rows:
+        sys.exit("错误：语料是空的：读了 0 行；检查 --corpus")
 
 
 # ==== 3. 清洗 ====
@@ -307,6 +318,8 @@ def hash64(text):
 
 def clean_batch(batch):
     """给 Dataset.map 的：清洗一批，每篇的哈希、字数、每一步的计数各成一列。"""
+    if multiprocess.parent_process():                # 工作进程：Ctrl-C 由主进程处理
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     texts, counts, _ = zip(*(clean(text) for text in batch["text"]), strict=True)
     return {"text": list(texts), "hash": np.array([hash64(text) for text in texts], np.uint64),
             "characters": np.array([len(text) for text in texts], np.int32),
@@ -431,8 +444,6 @@ def read_and_clean(sources, args, cache):
         gen_kwargs={"sources": sources, "where": args.source, "text_column": args.text_column},
         cache_dir=str(cache), fingerprint="raw")
     processes = args.processes if raw.data.nbytes > SMALL_BYTES else None            # 小的，开进程比清洗还慢
-    if not len(raw):
-        sys.exit("错误：语料是空的：读了 0 行；检查 --corpus")
     return raw, raw.map(clean_batch, batched=True, num_proc=processes)
 
 
@@ -446,10 +457,14 @@ def build(sources, args, folder):
         write_shards(cleaned, table, folder)
         counts, examples = report_on(table, raw)
     except Exception as error:                       # datasets 把错误一层层包起来；里面是一行话，或磁盘写满了
-        inner = error
-        while inner and not isinstance(inner, SystemExit | OSError):
-            inner = inner.__cause__ or inner.__context__
-        raise inner or error
+        chain = [error]
+        while inner := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(inner)
+        for kind in (SystemExit, OSError):
+            for inner in chain:
+                if isinstance(inner, kind):
+                    raise inner
+        raise
     content = table.loc[table["documents"], ["source", "hash", "eval_documents"]]
     corpus_hash = fingerprint([hashlib.blake2b(content[name].to_numpy().tobytes()).hexdigest()
                                for name in ("hash", "eval_documents")], content["source"].value_counts().to_dict())
