@@ -35,7 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-import multiprocess
+import multiprocess.util
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -316,10 +316,16 @@ def hash64(text):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
+def quiet_worker(_=None):
+    """工作进程：Ctrl-C 由主进程处理；主进程要它停就立刻停。"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def clean_batch(batch):
     """给 Dataset.map 的：清洗一批，每篇的哈希、字数、每一步的计数各成一列。"""
-    if multiprocess.parent_process():                # 工作进程：Ctrl-C 由主进程处理
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocess.parent_process():
+        quiet_worker()
     texts, counts, _ = zip(*(clean(text) for text in batch["text"]), strict=True)
     return {"text": list(texts), "hash": np.array([hash64(text) for text in texts], np.uint64),
             "characters": np.array([len(text) for text in texts], np.int32),
@@ -443,6 +449,7 @@ def read_and_clean(sources, args, cache):
         documents, features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
         gen_kwargs={"sources": sources, "where": args.source, "text_column": args.text_column},
         cache_dir=str(cache), fingerprint="raw")
+    multiprocess.util.register_after_fork(quiet_worker, quiet_worker)
     processes = args.processes if raw.data.nbytes > SMALL_BYTES else None            # 小的，开进程比清洗还慢
     return raw, raw.map(clean_batch, batched=True, num_proc=processes)
 
