@@ -449,9 +449,20 @@ def read_and_clean(sources, args, cache):
         documents, features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
         gen_kwargs={"sources": sources, "where": args.source, "text_column": args.text_column},
         cache_dir=str(cache), fingerprint="raw")
-    multiprocess.util.register_after_fork(quiet_worker, quiet_worker)
     processes = args.processes if raw.data.nbytes > SMALL_BYTES else None            # 小的，开进程比清洗还慢
-    return raw, raw.map(clean_batch, batched=True, num_proc=processes)
+    multiprocess.util.register_after_fork(quiet_worker, quiet_worker)
+
+    def stop(number, frame):                         # 进程池在半途收到异常会卡住，所以由我们收拾干净，立刻退出
+        for child in multiprocess.active_children():
+            child.kill()
+        shutil.rmtree(cache.parent, ignore_errors=True)
+        os._exit(128 + number)
+
+    before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
+    cleaned = raw.map(clean_batch, batched=True, num_proc=processes)
+    for which, handler in before.items():
+        signal.signal(which, handler)
+    return raw, cleaned
 
 
 def build(sources, args, folder):
