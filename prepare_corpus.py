@@ -11,7 +11,8 @@
     python prepare_corpus.py --corpus demo                  # 演示语料，几秒钟
     python prepare_corpus.py --corpus 小说=novels/*.txt qa.jsonl.xz
 
-@@COST@@
+量过的（2 核 Intel Xeon，同时有别的任务在跑，2026-11-24）：674 MB、243,472 篇的 .jsonl 用 36 秒（CPU 31 秒）；170 MB 用 9 秒。
+两次的匿名内存峰值都是 0.49 GB（不随语料增长；映射着读的 Arrow 页不算）。演示语料 4.7 秒（CPU 2.7 秒），多半是导入 datasets。
 """
 
 import argparse
@@ -51,7 +52,8 @@ KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 TXT_PIECE = 4000                    # 字；长的 .txt（一部小说）切成约这么长的篇
 SHORTEST, LETTERS = 4, 0.3          # 短于前者算太短；字母和汉字不到后者算不是文字
 EVAL_MAXIMUM = 10_000               # 每个来源的验证集至多几篇
-GROUP_BYTES, SHARD_BYTES, SMALL_BYTES = 16 << 20, 256 << 20, 32 << 20     # 一个 row group（读的人一次读这么多）、一个分片、小语料
+GROUP_BYTES, SHARD_BYTES = 16 << 20, 256 << 20      # 一个 row group（读的人一次读这么多）、一个分片的文本
+SMALL_BYTES = 32 << 20              # 不到这么大的语料不开工作进程
 EXAMPLES, SEED, FORMAT = 5, 42, 3   # 每一步打印几个例子；打乱用的种子；规则改了就加 1，旧语料会重做
 
 
