@@ -17,6 +17,7 @@
 
 import argparse
 import csv
+import functools
 import gc
 import glob
 import gzip
@@ -31,6 +32,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -318,16 +320,19 @@ def hash64(text):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
+@functools.cache
 def quiet_worker(_=None):
-    """工作进程：Ctrl-C 由主进程处理；主进程要它停就立刻停。"""
+    """工作进程：Ctrl-C 由主进程处理；主进程没了（哪怕是被强行杀掉的）就跟着退出，不留孤儿。"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocess.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def clean_batch(batch):
     """给 Dataset.map 的：清洗一批，每篇的哈希、字数、每一步的计数各成一列。"""
     if multiprocess.parent_process():
-        quiet_worker()
+        quiet_worker(quiet_worker)
     texts, counts, _ = zip(*(clean(text) for text in batch["text"]), strict=True)
     return {"text": list(texts), "hash": np.array([hash64(text) for text in texts], np.uint64),
             "characters": np.array([len(text) for text in texts], np.int32),
