@@ -185,7 +185,7 @@ def growth_tab(run):
 def caption(run, index):
     """快照的步数和当时的验证损失。"""
     note = run.snapshots[int(index)]
-    loss = note["eval_loss"] and f"，验证损失 {note['eval_loss']:.2f}，每字比特 {note['eval_bits_per_char']:.2f}"
+    loss = note["eval_loss"] and f"，最近一次验证损失 {note['eval_loss']:.2f}，每字比特 {note['eval_bits_per_char']:.2f}"
     return f"第 {note['step']:,} 步{loss or ''}"
 
 

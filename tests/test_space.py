@@ -251,7 +251,7 @@ def test_growth(browser):
     wait(browser, lambda: value(browser, "growth-左") and value(browser, "growth-右"))
     time.sleep(2)
     left, right = value(browser, "growth-左"), value(browser, "growth-右")
-    assert left != right and "第 0 步，验证损失 5.90" in text_of(browser, "growth-左")
+    assert left != right and "第 0 步，最近一次验证损失 5.90" in text_of(browser, "growth-左")
     before = browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML")
     slider = browser.find_element(By.CSS_SELECTOR, "#slider-左 input[type=range]")
     slider.send_keys(Keys.END)                                                       # 拖到最后
