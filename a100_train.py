@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -208,12 +209,12 @@ def pack(s):
     with open(packed / "train.bin", "wb") as train, open(packed / "eval.bin", "wb") as held_out:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
             tokens = encode(sp, texts)
-            tokens.tofile(train)
+            train.write(tokens)  # 不用 tofile：磁盘满时它的 OSError 没有错误号
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
         pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
         for name in sorted({name for name, _ in pairs}):
             tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            tokens.tofile(held_out)
+            held_out.write(tokens)
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
@@ -530,13 +531,15 @@ def main():
     if s.device == "cpu" and sys.platform == "linux":  # 让 glibc 留住释放的内存：默认一释放就还给系统，再要时逐页清零，
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # 慢两成（results/cpu_step.md）
     stop = StopRequest(s.max_hours)
-    trainer = train(s, checkpoint, stop)
+    with disk_full_as_oserror(s.work_dir):
+        trainer = train(s, checkpoint, stop)
     if trainer.state.global_step < s.total_steps:
         again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
         print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {again}")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)
     if RANK == 0:
-        save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
+        with disk_full_as_oserror(s.work_dir):
+            save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 
 def save_final_model(work_dir, model, tokenizer):
@@ -600,6 +603,17 @@ def rewind(work_dir, checkpoint):
         kept = [row for row in read_jsonl(path) if checkpoint and row["step"] <= step_of(checkpoint)]
         path.unlink(missing_ok=True)
         append_jsonl(path, *kept)
+
+
+@contextmanager
+def disk_full_as_oserror(folder):
+    """磁盘满时 torch 和 safetensors 抛的不是 OSError，说的话也各不相同；换成 OSError，run() 才认得。"""
+    try:
+        yield
+    except (RuntimeError, safetensors.SafetensorError):
+        if shutil.disk_usage(folder).free < 10 << 20:
+            raise OSError(28, f"写不进 {folder}") from None
+        raise
 
 
 def read_jsonl(path):
