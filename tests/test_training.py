@@ -21,7 +21,7 @@ from safetensors.torch import load
 
 import a100_train
 
-TRAIN_FIELDS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+TRAIN_FIELDS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
                 "elapsed_seconds"}
 
 
