@@ -512,6 +512,8 @@ def train(s, checkpoint, stop):
 # ==== 7. 主程序 ====
 
 def main():
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # 几个进程时只有 0 号说话
     transformers.utils.logging.disable_progress_bar()
     s = read_settings()
     choose_speed(s)
@@ -535,7 +537,8 @@ def main():
         trainer = train(s, checkpoint, stop)
     if trainer.state.global_step < s.total_steps:
         again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {again}")
+        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{launcher} {again}")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)
     if RANK == 0:
         with disk_full_as_oserror(s.work_dir):
