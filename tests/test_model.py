@@ -88,7 +88,8 @@ def test_causality(attn):
     with torch.no_grad():
         before, after = model(input_ids=ids).logits, model(input_ids=changed).logits
         first, second = model(ids, labels)["loss"], model(changed, labels)["loss"]
-    assert torch.allclose(before[:, :10], after[:, :10], atol=1e-6) and torch.allclose(first, second, atol=1e-6)
+    assert torch.allclose(before[:, :10], after[:, :10], atol=1e-6)
+    assert torch.allclose(first, second, atol=1e-6)
     assert not torch.allclose(before[:, 10:], after[:, 10:], atol=1e-3)
 
 
@@ -104,7 +105,7 @@ def spied_attention(monkeypatch):
 
     def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
         seen.append((attn_mask, is_causal))
-        return original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs)
+        return original(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     return seen
@@ -333,7 +334,7 @@ def test_overflow_touches_nothing():
         scaler.update()
         optimizer.zero_grad()
         return ([p.detach().clone() for p in model.parameters()],
-                [{key: value.clone() for key, value in optimizer.state[p].items()} for p in model.parameters()])
+                [copy_of(optimizer.state[p]) for p in model.parameters()])
 
     weights, states = step(False)
     after_weights, after_states = step(True)

@@ -176,7 +176,8 @@ def stream(path, length=400, seed=0, block_size=10):
 
 
 def blocks(dataset, batch_size, n, start=0):
-    parts = [dataset.__getitems__(list(range(i, min(i + batch_size, n)))) for i in range(start, n, batch_size)]
+    parts = [dataset.__getitems__(list(range(i, min(i + batch_size, n))))
+             for i in range(start, n, batch_size)]
     return {key: torch.cat([part[key] for part in parts]) for key in ("input_ids", "labels")}
 
 

@@ -16,7 +16,7 @@ import filelock
 import pytest
 import torch
 import transformers
-from conftest import STEPS, TINY, VOCAB_SIZE, call, environment, error_of, read_jsonl, run_script, write_jsonl
+from conftest import ROOT, STEPS, TINY, VOCAB_SIZE, call, environment, error_of, read_jsonl, run_script, write_jsonl
 from safetensors.torch import load
 
 import a100_train
@@ -54,8 +54,8 @@ def check_close(work, finished, tolerance=1e-4):
 def test_demo_command(tmp_path):
     """--preset demo --max_steps 3：一条命令从文本到模型。第一步的损失约为 ln V；我们的代码没有 EncodingWarning。"""
     result = subprocess.run(
-        [sys.executable, "-X", "warn_default_encoding", "a100_train.py", "--preset", "demo", "--max_steps", "3",
-         "--device", "cpu", "--work_dir", str(tmp_path / "demo")], cwd=a100_train.Path(a100_train.__file__).parent,
+        [sys.executable, str(ROOT / "a100_train.py"), "--preset", "demo", "--max_steps", "3", "--device", "cpu",
+         "--work_dir", str(tmp_path / "demo")],
         env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}, capture_output=True, text=True, timeout=600,
         encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -71,8 +71,8 @@ def test_demo_command(tmp_path):
                  "generation_samples.md", "final_model/model.safetensors", "final_model/tokenizer.json"):
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
     assert (tmp_path / "demo/loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"步 1/3 \| loss 8\.\d\d \| lr \d\.\de[+-]\d\d \| [\d.]+k tok/s \| MFU \d+% \| 剩余 [\d.]+ 分钟",
-                     result.stdout)
+    line = r"步 1/3 \| loss 8\.\d\d \| lr \d\.\de[+-]\d\d \| [\d.]+k tok/s \| MFU \d+% \| 剩余 [\d.]+ 分钟"
+    assert re.search(line, result.stdout)
 
 
 def test_log_and_checkpoints(finished):
@@ -88,7 +88,8 @@ def test_log_and_checkpoints(finished):
         next_scale = a100_train.learning_rate_scale(row["step"], STEPS)
         assert row["learning_rate"] == pytest.approx(0.01 * scale) or row["learning_rate"] == pytest.approx(
             0.01 * next_scale)
-        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * config["flops_per_token"] / 312e12, abs=1e-4)
+        mfu = row["tokens_per_second"] * config["flops_per_token"] / 312e12
+        assert row["mfu"] == pytest.approx(mfu, abs=1e-4)
     assert held_out[0]["eval_loss"] == pytest.approx(math.log(VOCAB_SIZE), abs=0.1)
     assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"] - 0.1, "真的在学"
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-6"}
@@ -221,7 +222,9 @@ def test_damaged_checkpoints_are_recognised(work, capsys, name, damage):
     path = work / "checkpoints/checkpoint-6" / name
     assert a100_train.newest_checkpoint(work).name == "checkpoint-6"
     data = path.read_bytes()
-    path.unlink() if damage == "missing" else path.write_bytes(data[:len(data) // 2] if damage == "half" else b"")
+    path.write_bytes(data[:len(data) // 2] if damage == "half" else b"")
+    if damage == "missing":
+        path.unlink()
     assert a100_train.newest_checkpoint(work).name == "checkpoint-4"
     assert "跳过不完整的检查点" in capsys.readouterr().out
 
@@ -248,8 +251,8 @@ def test_fresh_starts_over(work, finished, no_plot):
 # ==== 设置、语料、分词器变了 ====
 
 @pytest.mark.parametrize(("flag", "value"), [
-    ("--learning_rate", 0.02), ("--muon_learning_rate", 0.1), ("--n_embd", 64), ("--effective_batch_size", 16),
-    ("--seed", 7), ("--optim", "adamw_torch"), ("--max_steps", 8), ("--block_size", 16)])
+    ("--learning_rate", 0.02), ("--muon_learning_rate", 0.1), ("--n_embd", 64),
+    ("--effective_batch_size", 16), ("--seed", 7), ("--optim", "adamw_torch"), ("--max_steps", 8), ("--block_size", 16)])
 def test_changed_setting_is_refused(work, no_plot, flag, value):
     """接着训练时改了会影响结果的设置：一行说清，什么也不动。"""
     before = digest(work)
@@ -359,8 +362,8 @@ def small_disk(tmp_path):
     disk.mkdir()
 
     def mount(size, source):
-        if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("挂不了内存盘（要 Linux 的 root），没法让磁盘写满")
         shutil.copytree(source, disk / "run")
         return disk
@@ -411,11 +414,12 @@ def test_trackers_run_offline(name, work_dir, tmp_path):
     shutil.copytree(work_dir, tmp_path / "work")
     logs = tmp_path / "logs"
     logs.mkdir()
-    variables = {"TENSORBOARD_LOGGING_DIR": str(logs), "SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": str(logs),
-                 "TRACKIO_DIR": str(logs), "WANDB_MODE": "offline", "WANDB_DIR": str(logs), "HOME": str(tmp_path)}
+    variables = {"TENSORBOARD_LOGGING_DIR": str(logs), "SWANLAB_MODE": "offline", 
+                 "SWANLAB_LOG_DIR": str(logs), "TRACKIO_DIR": str(logs), "WANDB_MODE": "offline", "WANDB_DIR": str(logs),
+                 "HOME": str(tmp_path)}
     argv = ["--work_dir", tmp_path / "work", *TINY, "--max_steps", 2, "--report_to", name]
-    result = subprocess.run([sys.executable, a100_train.__file__, *map(str, argv)], env=environment() | variables,
-                            cwd=logs, capture_output=True, text=True, encoding="utf-8", timeout=200)
+    result = subprocess.run([sys.executable, a100_train.__file__, *map(str, argv)],
+                            env=environment() | variables, cwd=logs, capture_output=True, text=True, encoding="utf-8", timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
     found = [path for path in logs.rglob(TRACKERS[name]) if path.is_file()]
     assert found, list(logs.rglob("*"))
