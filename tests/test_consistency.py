@@ -16,7 +16,8 @@ EVENING = ["prepare_corpus.py", "train_tokenizer.py", "a100_train.py", "plot_los
 # 行数和字节数的上限：一个晚上读得完，又不许把行挤密（CONTRIBUTING.md）；还没有写的文件跳过
 BUDGETS = {"prepare_corpus.py": (340, 21_000), "train_tokenizer.py": (230, 14_000),
            "a100_train.py": (615, 37_000), "plot_loss.py": (180, 11_000), "doctor.py": (300, 18_000),
-           "kaggle_pretrain_combined.py": (750, 46_000), "generate.py": (150, 9_000), "publish.py": (200, 12_000), "space/app.py": (300, 18_000),
+           "kaggle_pretrain_combined.py": (750, 46_000), "generate.py": (150, 9_000),
+           "publish.py": (200, 12_000), "space/app.py": (300, 18_000),
            "README.md": (450, 60_000)}
 EVENING_BUDGET = (1350, 82_000)
 LINE_LIMIT, FUNCTION_LIMIT, SHARED_LIMIT = 110, 45, 40
@@ -25,7 +26,7 @@ SHARED = {"read_report": 3, "new_folder": 2, "run": 3}       # 函数：至少�
 POSIX_ONLY = ["os.pread", "os.pwrite", "os.fork", "os.fsync", "os.setsid", "os.killpg", "os.getuid",
               "os.geteuid",
               "os.posix_fadvise", "os.sched_getaffinity", "os.uname", "signal.SIGKILL",
-              "signal.SIGALRM", "signal.alarm", "signal.pause", "fcntl", "resource", "pwd", "grp", "termios", "select.poll"]
+              "signal.SIGALRM", "signal.alarm", "signal.pause", "fcntl", "resource", "pwd", "grp", "termios"]
 PATHS = [*EVENING, *(name for name in BUDGETS if name.endswith(".py") and name not in EVENING)]
 SCRIPTS = [name for name in PATHS if (ROOT / name).exists()]
 

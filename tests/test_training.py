@@ -16,7 +16,18 @@ import filelock
 import pytest
 import torch
 import transformers
-from conftest import ROOT, STEPS, TINY, VOCAB_SIZE, call, environment, error_of, read_jsonl, run_script, write_jsonl
+from conftest import (
+    ROOT,
+    STEPS,
+    TINY,
+    VOCAB_SIZE,
+    call,
+    environment,
+    error_of,
+    read_jsonl,
+    run_script,
+    write_jsonl,
+)
 from safetensors.torch import load
 
 import a100_train
@@ -54,8 +65,8 @@ def check_close(work, finished, tolerance=1e-4):
 def test_demo_command(tmp_path):
     """--preset demo --max_steps 3：一条命令从文本到模型。第一步的损失约为 ln V；我们的代码没有 EncodingWarning。"""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "a100_train.py"), "--preset", "demo", "--max_steps", "3", "--device", "cpu",
-         "--work_dir", str(tmp_path / "demo")],
+        [sys.executable, str(ROOT / "a100_train.py"), "--preset", "demo", "--max_steps", "3",
+         "--device", "cpu", "--work_dir", str(tmp_path / "demo")],
         env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}, capture_output=True, text=True, timeout=600,
         encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -252,7 +263,8 @@ def test_fresh_starts_over(work, finished, no_plot):
 
 @pytest.mark.parametrize(("flag", "value"), [
     ("--learning_rate", 0.02), ("--muon_learning_rate", 0.1), ("--n_embd", 64),
-    ("--effective_batch_size", 16), ("--seed", 7), ("--optim", "adamw_torch"), ("--max_steps", 8), ("--block_size", 16)])
+    ("--effective_batch_size", 16), ("--seed", 7),
+    ("--optim", "adamw_torch"), ("--max_steps", 8), ("--block_size", 16)])
 def test_changed_setting_is_refused(work, no_plot, flag, value):
     """接着训练时改了会影响结果的设置：一行说清，什么也不动。"""
     before = digest(work)
@@ -414,12 +426,14 @@ def test_trackers_run_offline(name, work_dir, tmp_path):
     shutil.copytree(work_dir, tmp_path / "work")
     logs = tmp_path / "logs"
     logs.mkdir()
-    variables = {"TENSORBOARD_LOGGING_DIR": str(logs), "SWANLAB_MODE": "offline", 
-                 "SWANLAB_LOG_DIR": str(logs), "TRACKIO_DIR": str(logs), "WANDB_MODE": "offline", "WANDB_DIR": str(logs),
+    variables = {"TENSORBOARD_LOGGING_DIR": str(logs), "SWANLAB_MODE": "offline",
+                 "SWANLAB_LOG_DIR": str(logs), "TRACKIO_DIR": str(logs),
+                 "WANDB_MODE": "offline", "WANDB_DIR": str(logs),
                  "HOME": str(tmp_path)}
     argv = ["--work_dir", tmp_path / "work", *TINY, "--max_steps", 2, "--report_to", name]
     result = subprocess.run([sys.executable, a100_train.__file__, *map(str, argv)],
-                            env=environment() | variables, cwd=logs, capture_output=True, text=True, encoding="utf-8", timeout=200)
+                            env=environment() | variables, cwd=logs, capture_output=True, text=True,
+                            encoding="utf-8", timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
     found = [path for path in logs.rglob(TRACKERS[name]) if path.is_file()]
     assert found, list(logs.rglob("*"))
