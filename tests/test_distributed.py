@@ -127,8 +127,8 @@ def test_each_step_sees_the_same_blocks(micro_batch):
 
 def test_sigterm_to_torchrun_then_one_process(copied, no_plot):
     """两个进程，SIGTERM 停在商量好的一步，检查点存好；换成一个进程从那里接着，每步恰一行。"""
-    arguments = [*ARGUMENTS[:ARGUMENTS.index("--max_steps") + 1], 400,
-                 *ARGUMENTS[ARGUMENTS.index("--max_steps") + 2:], "--eval_steps", 200, "--work_dir", copied]
+    arguments = [*ARGUMENTS[:ARGUMENTS.index("--max_steps") + 1], 200,
+                 *ARGUMENTS[ARGUMENTS.index("--max_steps") + 2:], "--eval_steps", 100, "--work_dir", copied]
     process, log, end = torchrun(arguments), copied / "train_log.jsonl", time.time() + 150
     while time.time() < end and process.poll() is None and not (
             log.exists() and '"step": 5,' in log.read_text("utf-8")):
@@ -136,11 +136,11 @@ def test_sigterm_to_torchrun_then_one_process(copied, no_plot):
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     stopped = re.search(r"停在第 (\d+) 步，检查点已存好。接着训练：torchrun --nproc_per_node=2 ", output)
-    assert process.returncode != 0 and stopped and 5 <= int(stopped[1]) < 400, output
+    assert process.returncode != 0 and stopped and 5 <= int(stopped[1]) < 200, output
     assert output.count("停在第") == 1 and "a100_train.py\", line" not in output
     assert a100_train.newest_checkpoint(copied).name == f"checkpoint-{stopped[1]}"
     call(a100_train, *arguments)
-    assert [row["step"] for row in read_jsonl(log) if "loss" in row] == list(range(1, 401))
+    assert [row["step"] for row in read_jsonl(log) if "loss" in row] == list(range(1, 201))
 
 
 def test_error_of_rank_zero_ends_the_job(one, tmp_path):
