@@ -515,7 +515,7 @@ def train(s, checkpoint, stop):
             return trainer
         except torch.OutOfMemoryError:
             if s.batch_size % 2 or WORLD_SIZE > 1:  # 几个进程时只有一个减半，别的会永远等它
-                fail(f"显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
+                sys.exit(f"错误：显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
         trainer = None  # 放掉显存
         torch.cuda.empty_cache()
         s.batch_size, checkpoint = s.batch_size // 2, newest_checkpoint(s.work_dir)
@@ -535,11 +535,16 @@ def main():
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
     s.work_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(s.work_dir / ".lock", timeout=0)  # 一个工作目录只许一个训练
-    with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
-        if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
-            lock.acquire()
-            prepare(s, checkpoint)
-            pack(s)
+    try:
+        with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
+            if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
+                lock.acquire()
+                prepare(s, checkpoint)
+                pack(s)
+    except RuntimeError:
+        if RANK == 0:
+            raise
+        sys.exit(1)  # 0 号出错退出了，它已经说了那一行
     if s.prepare_only:
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
