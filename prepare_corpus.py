@@ -156,11 +156,11 @@ def json_values(file):
     text = file.read()
     try:
         value = json.loads(text or "[]")
+        return value if isinstance(value, list) else [value]
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             return json_lines(io.StringIO(text))
         raise ValueError(f"不是完整的 JSON（{error}）")
-    return value if isinstance(value, list) else [value]
 
 
 def read_rows(path):
@@ -267,11 +267,11 @@ def clean(text):
             text = changed
     text = text.strip()
     head = re.sub(r"\s", "", text[:1000])            # 看开头就知道是不是文字
-    letters = sum(map(len, re.findall(r"[^\W\d_]+", head)))
-    for reason, bad in (("empty", not text), ("short", len(text) < SHORTEST),
-                        ("not_text", letters < LETTERS * len(head))):
-        if bad:
-            return "", counts | {reason: 1}, example | {reason: text[:60]}
+    letters = len("".join(re.findall(r"[^\W\d_]+", head)))
+    reason = ("empty" if not text else "short" if len(text) < SHORTEST
+              else "not_text" if letters < LETTERS * len(head) else None)
+    if reason:
+        return "", counts | {reason: 1}, example | {reason: text[:60]}
     return text, counts, example
 
 
@@ -299,8 +299,7 @@ def clean_batch(job):
 
 
 def quiet_worker():
-    """工作进程：Ctrl-C 由主进程处理，它会叫停大家。"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C 由主进程处理，它会叫停大家
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -375,17 +374,16 @@ def write_shards(batches, table, names, folder):
 
 def report_on(table, names, raw):
     """打印并返回 {来源: {计数}} 和 {步骤: [例子]}。"""
-    steps = [step for step in table if step not in ("source", "hash")]
-    counts = {name: {step: int(table[step][table["source"] == code].sum()) for step in steps}
-              for code, name in enumerate(names)}
-    examples = {}
+    counts, examples = {}, {}
     for step, title in (CLEANING | {"duplicates": "重复的文档"}).items():    # 找出动过的前几篇，再洗一遍
         rows = np.flatnonzero(table[step])[:EXAMPLES].tolist()
         found = [raw[row // BATCH]["text"][row % BATCH].as_py() for row in rows]
         examples[step] = [clean(text)[2].get(step, text[:60]) for text in found]
         if found:
             print(f"{title}：{table[step].sum():,} 处，例如", *map(repr, examples[step]), sep="\n    ")
-    for name, count in counts.items():
+    for code, name in enumerate(names):
+        counts[name] = count = {step: int(column[table["source"] == code].sum())
+                                for step, column in table.items() if step not in ("source", "hash")}
         print(f"{name}：" + "，".join(f"{step} {number:,}" for step, number in count.items()))
         if name in DATASETS and count["rows"] != (known := DATASETS[name][2]):
             print(f"{name}：已知的是 {known:,} 行；数据集可能更新过，或文件不全")
@@ -438,15 +436,12 @@ def build(sources, args, folder):
 
 def main():
     args = parse_arguments()
-    specs = args.corpus or list(DATASETS)
-    sources = find_sources(specs)
+    sources = find_sources(args.corpus or DATASETS)
     stats = {name: [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
              for name, files in sources.items()}
-    key = fingerprint(FORMAT, stats, args.text_column)
-    old = read_report(args.output_dir)
+    key, old = fingerprint(FORMAT, stats, args.text_column), read_report(args.output_dir)
     if old.get("key") == key:
-        print(f"语料没有变，沿用 {args.output_dir}")
-        return
+        return print(f"语料没有变，沿用 {args.output_dir}")
     if args.output_dir.exists():
         reason = "来源或设置变了" if old else f"{args.output_dir} 不完整"
         print(f"重做语料：{reason}") if args.rebuild else sys.exit(
@@ -456,7 +451,7 @@ def main():
         for file in staging.glob("*.arrow"):         # 这时已没有人映射着它们；Windows 上映射着的删不掉
             file.unlink()
         (staging / "README.md").write_text(CARD, encoding="utf-8")
-        report = {"format": FORMAT, "key": key, "corpus": specs, "corpus_hash": corpus_hash, "sources": counts,
+        report = {"format": FORMAT, "key": key, "corpus": args.corpus, "corpus_hash": corpus_hash, "sources": counts,
                   "examples": examples, "files": {file.name: file.stat().st_size for file in staging.iterdir()}}
         text = json.dumps(report, ensure_ascii=False, indent=1)
         (staging / "report.json").write_text(text, encoding="utf-8")
