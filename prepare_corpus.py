@@ -61,7 +61,8 @@ def find_files(path):
     pattern = os.path.join(glob.escape(path), "**", "*") if os.path.isdir(path) else path
     found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
     endings = tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".xz", ".zst"))
-    return sorted(Path(file) for file in found if file.endswith(endings) and os.path.isfile(file)) or sys.exit(
+    files = sorted(Path(file) for file in found if file.endswith(endings) and os.path.isfile(file))
+    return files or sys.exit(
         f"错误：{path!r} 里没有能读的语料；要 {' '.join(KINDS)}（或再压缩成 .gz .xz .zst）的文件、文件夹、通配符")
 
 
@@ -225,8 +226,9 @@ def documents(sources, args):
 
 # 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
 TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|b|big|blockquote|br|"
-       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|s|"
-       r"small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
+       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|"
+       r"s|small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)"
+       r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 # 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
 BOILERPLATE = (
     r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:"
@@ -451,8 +453,9 @@ def main():
         for file in staging.glob("*.arrow"):         # 这时已没有人映射着它们；Windows 上映射着的删不掉
             file.unlink()
         (staging / "README.md").write_text(CARD, encoding="utf-8")
-        report = {"format": FORMAT, "key": key, "corpus": args.corpus, "corpus_hash": corpus_hash, "sources": counts,
-                  "examples": examples, "files": {file.name: file.stat().st_size for file in staging.iterdir()}}
+        report = {"format": FORMAT, "key": key, "corpus": args.corpus, "corpus_hash": corpus_hash,
+                  "sources": counts, "examples": examples,
+                  "files": {file.name: file.stat().st_size for file in staging.iterdir()}}
         text = json.dumps(report, ensure_ascii=False, indent=1)
         (staging / "report.json").write_text(text, encoding="utf-8")
     print(f"写好 {args.output_dir}")

@@ -377,6 +377,7 @@ def test_signals_leave_nothing_behind(tmp_path, real_texts, which):
     while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
+    time.sleep(0.3)              # 正在 fork 的那一瞬间，Python 会忽略信号处理里的异常
     os.killpg(process.pid, which) if which == signal.SIGINT else process.terminate()
     error = process.communicate(timeout=15)[1]
     assert process.returncode == 128 + which and "Traceback" not in error, error
