@@ -2,11 +2,11 @@
 """在小模型上找更好的训练配方：公开参考的配方、AdamW 换学习率、Muon，再一次改一个设置。
 
     python benchmarks/recipe.py --budget_minutes 30      # 接着上次没跑完的跑，到点停
-    python benchmarks/recipe.py --table                  # 只重写 results/recipe/README.md
+    python benchmarks/recipe.py --table                  # 只重写 results/recipe/small/README.md
     python benchmarks/recipe.py --corpus wiki=a.jsonl --results my-recipe     # 换成自己的文本
 
 每个试验是一次真的 a100_train.py（单线程、fp32）；脚本没有开关的设置用 patched_train.py 的补丁改。日志逐个写在
-results/recipe/试验-s种子.jsonl：第一行是设置与出处，其后每次验证一行；失败的也留着。跑过的不再跑。
+results/recipe/small/试验-s种子.jsonl：第一行是设置与出处，其后每次验证一行；失败的也留着。跑过的不再跑。
 只看验证集的每字比特：步数写死，所以结果与机器忙不忙无关，只有用时会变。
 """
 
@@ -154,7 +154,8 @@ def write_table(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "recipe", help="日志和表写在哪里")
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "recipe" / "small",
+                        help="日志和表写在哪里")
     parser.add_argument("--corpus", nargs="+", help="换成别的文本，写法见 prepare_corpus.py")
     parser.add_argument("--base", type=Path, default=Path("recipe-work"), help="准备好的数据放在哪里")
     parser.add_argument("--budget_minutes", type=float, default=1e9, help="跑多少分钟就停，下次接着跑")
