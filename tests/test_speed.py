@@ -274,17 +274,17 @@ def test_tokens_to_reach():
 # ==== 提交的表就是提交的数据 ====
 
 def test_committed_recipe_table(tmp_path):
-    for path in (RESULTS / "recipe" / "small").iterdir():
+    for path in (RESULTS / "recipe").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe.write_table(tmp_path)
-    assert (tmp_path / "README.md").read_text("utf-8") == (RESULTS / "recipe/small/README.md").read_text("utf-8")
+    assert (tmp_path / "README.md").read_text("utf-8") == (RESULTS / "recipe/README.md").read_text("utf-8")
     names = {(name, seed) for name, seed, *_ in recipe.TRIALS}
     logs = {(header["name"], header["seed"]) for runs in recipe.load(tmp_path).values() for header, _ in runs}
     assert logs <= names
 
 
 def test_adopted_recipe_beats_the_reference_in_half_its_tokens():
-    trials = recipe.load(RESULTS / "recipe" / "small")
+    trials = recipe.load(RESULTS / "recipe")
     reference = [rows[-1]["bits_per_char"] for _, rows in trials["reference"]]
     half = [rows[-1]["bits_per_char"] for _, rows in trials["muon-linear-half"]]
     assert len(reference) == len(half) == 3 and max(half) < min(reference)
@@ -309,7 +309,7 @@ def test_committed_ablation_and_step_tables(tmp_path):
 def test_readme_figures_come_from_the_tables():
     """README“加速”一节里的数：配方、留住内存、gelu、Trainer 的开销。"""
     readme = (ROOT / "README.md").read_text("utf-8")
-    trials = recipe.load(RESULTS / "recipe" / "small")
+    trials = recipe.load(RESULTS / "recipe")
     for name in ("reference", "muon-linear-half", "muon-linear"):
         final = [rows[-1]["bits_per_char"] for _, rows in trials[name]]
         assert f"{np.mean(final):.2f}（" in readme and f"{min(final):.2f}–{max(final):.2f}" in readme, name
