@@ -123,7 +123,8 @@ def measure(base_dir, arguments, patches, steps, window, peak):
     speed, config = statistics.median(speeds), result["config"]
     usual = logs[1]["step"] * config["tokens_per_step"] / speed
     return {"tokens_per_second": round(speed, 1), "slowest": min(speeds), "fastest": max(speeds),
-            "windows": len(speeds), "first_window_extra_seconds": round(logs[1]["elapsed_seconds"] - usual, 2),
+            "windows": len(speeds),
+            "first_window_extra_seconds": round(logs[1]["elapsed_seconds"] - usual, 2),
             "mfu": round(speed * config["flops_per_token"] / peak, 4),
             "eval_loss": result["rows"][-1]["eval_loss"], "train_loss": round(logs[-1]["loss"], 4),
             "parameters": config["parameters"], "chosen": {key: config[key] for key in CHOSEN},
