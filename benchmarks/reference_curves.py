@@ -19,8 +19,7 @@ from common import ROOT, provenance, read_lines, write_atomic
 
 # 与它们都相同才能比损失；种子不在内。语料按大小和词频的熵来认，差 1 % 以内算同一份
 SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "max_steps", "learning_rate",
-            "muon_learning_rate", "warmup_ratio", "lr_schedule", "weight_decay", "optim", "vocab_size",
-            "total_steps")
+            "muon_learning_rate", "optim", "vocab_size", "total_steps")
 CORPUS = ("n_blocks", "unigram_entropy")
 
 

@@ -130,6 +130,7 @@ def test_ablation_resumes_and_records_what_it_cannot(work_dir, tmp_path, monkeyp
     measured = []
     row = {"tokens_per_second": 2.0, "slowest": 1.0, "fastest": 3.0, "mfu": 0.1, "peak_memory_bytes": 1e9,
            "first_window_extra_seconds": 0.0, "eval_loss": 5.0}
+    monkeypatch.setattr(ablation, "measured_peak", lambda: (1e11, "假装的"))
     monkeypatch.setattr(ablation, "measure", lambda *args: measured.append(args) or dict(row))
     for _ in range(2):
         call(ablation, *argv)
@@ -160,13 +161,11 @@ def test_plain_gpt2_is_the_same_model(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw_torch_fused"])
-def test_three_contestants_do_the_same_steps(work_dir, tmp_path, optimizer):
+def test_three_contestants_do_the_same_steps(work_dir, monkeypatch, optimizer):
     """Trainer 和两个手写循环走到同样的损失；表写得出来。"""
-    monkey_argv, sys.argv = sys.argv, sys.argv
-    try:
-        runs = cpu_step.compare(work_dir, optimizer, windows=1, window=2)
-    finally:
-        sys.argv = monkey_argv
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(a100_train.signal, "signal", lambda *_: None)  # Ctrl-C 还是 pytest 的
+    runs = cpu_step.compare(work_dir, optimizer, windows=1, window=2)
     losses = [run["loss"] for run in runs.values()]
     assert set(runs) == set(cpu_step.NAMES) and max(losses) - min(losses) < 0.002, losses
     assert len(cpu_step.comparison_lines({optimizer: runs})) == 5
