@@ -30,8 +30,10 @@ import a100_train  # noqa: E402
 
 def override(name, changes):
     """把 transformers.<name>（一个类）换成先改几个关键字参数再调用的版本。"""
-    original = getattr(transformers, name)
-    setattr(transformers, name, lambda *args, **kwargs: original(*args, **(kwargs | changes)))
+    # transformers 导入途中会换掉 sys.modules 里的自己，所以要改 a100_train.py 手里的那一个
+    library = a100_train.transformers
+    original = getattr(library, name)
+    setattr(library, name, lambda *args, **kwargs: original(*args, **(kwargs | changes)))
 
 
 def after_build(change):

@@ -45,7 +45,7 @@ def unpatched(monkeypatch):
     for name in CONSTANTS:
         monkeypatch.setattr(a100_train, name, getattr(a100_train, name))
     for name in ("TrainingArguments", "GPT2Config"):
-        monkeypatch.setattr(transformers, name, getattr(transformers, name))
+        monkeypatch.setattr(a100_train.transformers, name, getattr(a100_train.transformers, name))
     for model in (a100_train.GPT2, transformers.GPT2Model):
         monkeypatch.setattr(model, "forward", model.forward)
 
