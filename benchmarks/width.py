@@ -79,16 +79,23 @@ QUEUE = [
     *[Trial(rate=1.6e-2, muon=muon) for muon in (0.01, 0.04)],
     *sweep([1.6e-2, 4e-3, 6.4e-2], steps=640),
     *sweep([2e-3, 8e-3, 3.2e-2], width=384),
-    *sweep([1.6e-2, 4e-3, 6.4e-2], seed=43),
+    *sweep([1.6e-2, 4e-3], layers=8),
+    Trial(rate=8e-3, batch=512, precision="fp32"),
+    *sweep([1.6e-2], width=384),
+    *sweep([8e-3, 2e-3, 3.2e-2], batch=512, seed=43),
+    *sweep([4e-3, 1.6e-2], vocab=32_000),
+    *sweep([1.6e-2, 4e-3], seed=43),
+    *sweep([4e-3, 1.6e-2], batch=512, seed=43),
     *sweep([1.6e-2, 3.2e-2], batch=32_768),
-    Trial(rate=1.6e-2, precision="fp32"),
     *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0)],
-    *sweep([4e-3, 1.6e-2, 6.4e-2], vocab=32_000),
+    *sweep([6.4e-2], seed=43),
+    *sweep([6.4e-2], layers=8),
+    *sweep([6.4e-2], vocab=32_000),
     *sweep([4e-3, 1.6e-2, 1e-3], batch=512, steps=2560),
     *sweep([8e-3], batch=32_768),
     *[Trial(rate=1.6e-2, muon=muon, batch=8192) for muon in (0.04, 0.01)],
     *sweep([1e-3, 5e-4, 2e-3], width=768, muon=0),                                       # 只用 AdamW
-    *sweep([4e-3, 1.6e-2], width=384),
+    *sweep([4e-3], width=384),
     *[Trial(rate=8e-3, muon=muon, width=384) for muon in (0.01, 0.04)],
     *sweep([8e-3], steps=640),
     *sweep([8e-3, 3.2e-2], seed=43),
@@ -170,7 +177,7 @@ def one_step(model, optimizer, data, trial, step, autocast, pause):
 def train(trial, work_dir, pause):
     """训练一次，逐次验证给出一行；损失不是有限数就停，最后一行带 error。"""
     bf16, start = trial.precision == "bf16", time.process_time()
-    evaluations = 6 if trial.layers == 8 else 1          # 扫学习率只看最后
+    evaluations = 6 if parameters(trial) > 8e7 else 1          # 扫学习率只看最后
     a100_train.orthogonalize = orthogonalize_bf16 if bf16 else ORTHOGONALIZE
 
     def autocast():

@@ -4,7 +4,7 @@
     python benchmarks/width_report.py
 
 最优：在 log2(学习率) 上给最低点附近的几个点配一条抛物线，取顶点；范围是给每个点加上种子那样大的噪声、重配 1,000 次得到的
-16%–84%。最低点在扫过的边上时不外推，只说“不小于”或“不大于”。
+16%–84%。顶点落在扫过的范围之外时只说“不小于”或“不大于”。
 """
 
 import argparse
@@ -64,24 +64,25 @@ def seed_noise(runs):
 def vertex(x, y):
     """给不比最低点高出 WINDOW 的点（至少是最低点和它的邻居）配抛物线，返回顶点的 x；开口不向上就返回最低的点。"""
     lowest = int(np.argmin(y))
-    near = (y <= y[lowest] + WINDOW) | (abs(np.arange(len(y)) - lowest) <= 1)
+    middle = min(max(lowest, 1), len(y) - 2)
+    near = (y <= y[lowest] + WINDOW) | (abs(np.arange(len(y)) - middle) <= 1)
     a, b, _ = np.polyfit(x[near] - x[lowest], y[near], 2)
     return float(np.clip(x[lowest] - b / (2 * a) if a > 0 else x[lowest], x[0] - 1, x[-1] + 1))
 
 
 def fit_optimum(rates, bits, noise, seed=0):
-    """返回 {"best", "low", "high", "edge"}：最优学习率、16%–84% 范围，edge 是 "<"、">"（最低点在边上）或 ""。"""
+    """返回 {"best", "low", "high", "edge"}：最优学习率、16%–84% 范围，edge 是 "<"、">"（顶点在扫过的之外）、"?"（点太少）或 ""。"""
     pairs = sorted((math.log2(rate), value) for rate, value in zip(rates, bits, strict=True))
     x, y = map(np.array, zip(*(pair for pair in pairs if math.isfinite(pair[1])), strict=True))
-    lowest = int(np.argmin(y))
-    edge = "<" if lowest == 0 else ">" if lowest == len(x) - 1 else ""
-    if edge or len(x) < 3:
-        best = 2 ** x[lowest]
-        return {"best": best, "low": best / 2, "high": best * 2, "edge": edge or "?"}
+    if len(x) < 3:
+        best = 2 ** x[np.argmin(y)]
+        return {"best": best, "low": best / 2, "high": best * 2, "edge": "?"}
+    top = vertex(x, y)
+    edge = "<" if top <= x[0] else ">" if top >= x[-1] else ""
     rng = np.random.default_rng(seed)
     draws = [vertex(x, y + noise * rng.standard_normal(len(y))) for _ in range(DRAWS)]
     low, high = np.percentile(draws, [16, 84])
-    return {"best": 2 ** vertex(x, y), "low": 2**low, "high": 2**high, "edge": ""}
+    return {"best": 2**top, "low": 2**low, "high": 2**high, "edge": edge}
 
 
 def fit_laws(optima, variables):
@@ -119,7 +120,7 @@ def describe(settings):
 
 def show(optimum):
     if optimum["edge"]:
-        return {"<": "≤ ", ">": "≥ "}.get(optimum["edge"], "") + f"{optimum['best']:.1e}（在边上）"
+        return {"<": "≤ ", ">": "≥ ", "?": "点太少，低的是 "}[optimum["edge"]] + f"{optimum['best']:.1e}"
     return f"**{optimum['best']:.1e}**（{optimum['low']:.1e}–{optimum['high']:.1e}）"
 
 
@@ -128,7 +129,7 @@ def optimum_table(runs, swept, noise):
     lines, optima = [], []
     for key, curve in sorted(curves(runs, swept).items()):
         settings = dict(key)
-        if len(curve) < 2 or settings["layers"] == 8 or (swept == "muon" and 0 in curve):
+        if len(curve) < 2 or (settings["layers"], settings["vocab"]) == (8, 32_000) or (swept == "muon" and 0 in curve):
             continue
         means = {rate: float(np.mean(bits)) for rate, bits in curve.items()}
         best = fit_optimum(means, means.values(), noise)
@@ -137,7 +138,7 @@ def optimum_table(runs, swept, noise):
         seeds = max(map(len, curve.values()))
         fixed = f"；矩阵 {settings['muon']:g}" if swept == "rate" and settings["muon"] else ""
         fixed = f"；AdamW 部分 {settings['rate']:g}" if swept == "muon" else fixed
-        cells += f"（{seeds} 个种子）" if seeds > 1 else ""
+        cells += f"（至多 {seeds} 个种子的平均）" if seeds > 1 else ""
         lines.append(f"| {describe(key)}{fixed} | {cells} | {show(best)} |")
         optima.append((settings, best))
     return lines, optima
@@ -145,7 +146,7 @@ def optimum_table(runs, swept, noise):
 
 def full_table(runs):
     """真实大小：每个配方一行，各验证点的每字比特。"""
-    full = sorted((r for r in runs if r["layers"] == 8), key=lambda r: (r["steps"], r["bits"]))
+    full = sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: (r["steps"], r["bits"]))
     lines = []
     for run in full:
         points = "，".join(f"{row['tokens'] / 1000:.0f}k：{row['bits_per_char']:.3f}" for row in run["rows"]
@@ -276,11 +277,11 @@ def draw(runs, optima, noise, path):
     draw_curves(axes[0, 0], runs, "width", noise)
     draw_curves(axes[0, 1], runs, "batch", noise)
     draw_law(axes[1, 0], optima)
-    for run in sorted((r for r in runs if r["layers"] == 8), key=lambda r: -r["bits"]):
+    for run in sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: -r["bits"]):
         rows = [row for row in run["rows"] if "bits_per_char" in row]
         axes[1, 1].plot([row["tokens"] for row in rows], [row["bits_per_char"] for row in rows], "o-", ms=3,
                         label=f"{recipe_name(run)}（种子 {run['seed']}）")
-    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）")
+    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）", ylim=(4.6, 5.6))
     axes[1, 1].legend(fontsize=8)
     for axis, title in zip(axes.flat, ("2 层，2,048 token/步，160 步", "192 维 × 2 层，160 步", "最优学习率对批量",
                                        "真实大小：82 M 参数，2,048 token/步"), strict=True):
