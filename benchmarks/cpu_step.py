@@ -113,7 +113,8 @@ def make_optimizer(model, s):
         return a100_train.Muon(groups, lr=s.learning_rate, betas=a100_train.BETAS, foreach=True, fused=False)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [dict(params=matrices, weight_decay=a100_train.WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
+    groups = [dict(params=matrices, weight_decay=a100_train.WEIGHT_DECAY),
+              dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=a100_train.BETAS, fused=True)
 
 

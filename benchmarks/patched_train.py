@@ -52,7 +52,8 @@ def schedule_cosine(_):
     def cosine(step, total_steps):
         warmup_steps = round(a100_train.WARMUP * total_steps)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return (step + 1) / max(1, warmup_steps) if step < warmup_steps else (1 + math.cos(math.pi * progress)) / 2
+        rising = (step + 1) / max(1, warmup_steps)
+        return rising if step < warmup_steps else (1 + math.cos(math.pi * progress)) / 2
     a100_train.learning_rate_scale = cosine
 
 
@@ -142,7 +143,8 @@ def write_report(path):
     cuda = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     memory = torch.cuda.max_memory_allocated() if cuda else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    path.write_text(json.dumps({"peak_memory_bytes": memory, "memory_kind": "cuda" if cuda else "rss"}), "utf-8")
+    report = {"peak_memory_bytes": memory, "memory_kind": "cuda" if cuda else "rss"}
+    path.write_text(json.dumps(report), "utf-8")
 
 
 def main():

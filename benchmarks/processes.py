@@ -78,7 +78,8 @@ def write_results(folder, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3, help="各跑几次")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="结果写到哪个文件夹")
     args = parser.parse_args()

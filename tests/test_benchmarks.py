@@ -150,7 +150,8 @@ def test_ablation_resumes_and_records_what_it_cannot(work_dir, tmp_path, monkeyp
 
 def test_plain_gpt2_is_the_same_model(monkeypatch):
     """cpu_step 里的普通 GPT-2 与 transformers 的同样权重时，损失和梯度相同：比的是同一件事。"""
-    model, plain = a100_train.build_model(settings(monkeypatch, "--preset", "demo", **SHAPE)), cpu_step.PlainGPT2(**SHAPE)
+    model = a100_train.build_model(settings(monkeypatch, "--preset", "demo", **SHAPE))
+    plain = cpu_step.PlainGPT2(**SHAPE)
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if "lm_head" not in name})
     loss, plain_loss = model(**batch())["loss"], plain(**batch())
     loss.backward()
@@ -195,8 +196,9 @@ def test_reference_curve_from_runs(tmp_path, monkeypatch):
         (tmp_path / f"run{seed}").mkdir()
         text = json.dumps(config | {"seed": seed}, default=str)
         (tmp_path / f"run{seed}/config.json").write_text(text, "utf-8")
-        rows = [{"step": step, "loss": 8.0 - step / 100, "tokens_per_second": 5.0} for step in (1, 10, 20, 30, 40)]
-        (tmp_path / f"run{seed}/train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        rows = [json.dumps({"step": step, "loss": 8.0 - step / 100, "tokens_per_second": 5.0}) + "\n"
+                for step in (1, 10, 20, 30, 40)]
+        (tmp_path / f"run{seed}/train_log.jsonl").write_text("".join(rows), "utf-8")
     folders, output = [tmp_path / "run42", tmp_path / "run43"], tmp_path / "curves.json"
     for _ in range(2):
         call(reference_curves, *folders, "--name", "x", "--output", output)
