@@ -55,7 +55,8 @@ def continue_once(url, function, tokens=30):
     session, start, first = os.urandom(5).hex(), time.perf_counter(), None
     data = ["中国的历史", 0.8, 50, 0.9, 1.1, tokens, 1]
     body = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
-    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, headers)
     urllib.request.urlopen(request).read()
     with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}") as stream:
         for line in stream:
@@ -95,7 +96,8 @@ def report(result):
              "| 次 | " + " | ".join(COLUMNS.values()) + " |", "|---:" * (len(COLUMNS) + 1) + "|"]
     for number, row in enumerate(result["rows"], 1):
         lines.append(f"| {number} | " + " | ".join(f"{row[name]:.2f}" for name in COLUMNS) + " |")
-    lines.append("| **中位数** | " + " | ".join(f"**{value:.2f}**" for value in result["median"].values()) + " | |")
+    medians = " | ".join(f"**{value:.2f}**" for value in result["median"].values())
+    lines.append(f"| **中位数** | {medians} | |")
     return "\n".join(lines) + "\n"
 
 
