@@ -111,8 +111,8 @@ def read_settings():
     if s.n_embd % s.n_head:
         fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍；每个头的维数要相等")
     if s.effective_batch_size % (s.batch_size * WORLD_SIZE):
-        fail(f"--effective_batch_size {s.effective_batch_size} 不是 --batch_size {s.batch_size} × {WORLD_SIZE} 个"
-             f"进程的整数倍；把 --batch_size 改成它的约数")
+        fail(f"--effective_batch_size {s.effective_batch_size} 不是 --batch_size {s.batch_size} × {WORLD_SIZE} "
+             f"个进程的整数倍；把 --batch_size 改成它的约数")
     return s
 
 

@@ -193,8 +193,8 @@ def curve(run, left, right):
     """损失曲线（SVG，只填数字）和左右两个快照的位置。横轴是 log(1 + 步数)，与快照的间隔相称。"""
     train = [(row["step"], row["loss"]) for row in run.log if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in run.log if "eval_loss" in row]
-    losses = [loss for _, loss in train + held_out] or [0]
-    low, high, last = min(losses) - 0.2, max(losses) + 0.2, max(run.snapshots[-1]["step"], 1)
+    steps, losses = zip(*(train + held_out or [(1, 0)]), strict=True)
+    low, high, last = min(losses) - 0.2, max(losses) + 0.2, max(*steps, run.snapshots[-1]["step"])
 
     def x(step):
         return round(40 + 420 * math.log1p(step) / math.log1p(last), 1)

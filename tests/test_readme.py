@@ -1,104 +1,161 @@
-"""README 里的数字都来自提交的日志或代码；两条命令原样可用。"""
+"""README：每个数字有来历并与 results/ 一致，命令里的选项都有，链接和锚点都通。只读文件，不训练。"""
 
+import contextlib
+import importlib
+import io
 import json
 import re
+import shlex
+import sys
 
-from conftest import ROOT, read_jsonl
+import pytest
+from conftest import ROOT
 
 import a100_train
 import doctor
-import train_tokenizer
 
-FULL, DEMO_PRESET = ({row[0]: row[column] for row in a100_train.SETTINGS} for column in (3, -1))
+sys.path.insert(0, str(ROOT / "docs"))
+import readme_numbers
 
 README = (ROOT / "README.md").read_text("utf-8")
-DEMO = ROOT / "results" / "demo"
-CONFIG = json.loads((DEMO / "config.json").read_text("utf-8"))
-ROWS = read_jsonl(DEMO / "train_log.jsonl")
-EVALS = [row for row in ROWS if "eval_loss" in row]
+PAGES = ["README.md", "README.en.md", "CONTRIBUTING.md"]
+DEMO = {name: defaults[-1] for name, _, _, *defaults in a100_train.SETTINGS}
+FULL = {name: defaults[0] for name, _, _, *defaults in a100_train.SETTINGS}
+# 别的程序的选项：pip、torchrun
+OTHERS = {"index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+
+
+def commands():
+    """README 的命令块里的每一条命令：[(脚本, 参数)]。"""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            for part in re.split(r"&&", re.sub(r"\s#.*", "", line)):
+                words = shlex.split(part)
+                scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+                if scripts:
+                    found.append((words[scripts[0]], words[scripts[0] + 1:]))
+    return found
+
+
+def help_of(script, arguments=()):
+    """`python script 参数 --help` 的退出码和文字；在本进程里跑，省去导入。"""
+    for folder in ("benchmarks", "docs"):
+        if str(ROOT / folder) not in sys.path:
+            sys.path.insert(0, str(ROOT / folder))
+    module, old = importlib.import_module(script.rpartition("/")[2][:-3]), sys.argv
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")          # 脚本会对它 reconfigure
+    sys.argv = [script, *arguments, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as exit:
+            module.main()
+    finally:
+        sys.argv = old
+    out.flush()
+    return exit.value.code, out.buffer.getvalue().decode()
+
+
+def options_in(text):
+    return set(re.findall(r"--(?:\[no-\])?([a-z][\w-]*)", text))
+
+
+def slug(heading):
+    """GitHub 给标题起的锚点。"""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def test_two_commands():
     """.ci/run 从 README 里取这两条命令。"""
-    commands = re.findall(r"^(pip install -r requirements(?:-dev)?\.txt && .*?)\s*(?:#.*)?$", README, re.M)
-    assert commands == ["pip install -r requirements.txt && python a100_train.py --preset demo",
-                        "pip install -r requirements-dev.txt && python -m pytest"]
+    found = re.findall(r"^(pip install -r requirements(?:-dev)?\.txt && .*?)\s*(?:#.*)?$", README, re.M)
+    assert found == ["pip install -r requirements.txt && python a100_train.py --preset demo",
+                     "pip install -r requirements-dev.txt && python -m pytest"]
 
 
-def test_demo_figures_come_from_the_log():
-    first, last = EVALS[0], EVALS[-1]
-    assert f"{first['eval_loss']:.2f} → **{last['eval_loss']:.2f}** nat" in README
-    assert f"{first['eval_bits_per_char']:.2f} → **{last['eval_bits_per_char']:.2f}**" in README
-    assert f"{CONFIG['parameters']:,} 参数" in README and f"{last['step']:,} 步" in README
-    assert f"只看词频 {CONFIG['unigram_entropy']:.2f}" in README
-    seconds = [row["elapsed_seconds"] for row in ROWS if "elapsed_seconds" in row][-1]
-    assert f"训练 {int(seconds // 60)} 分 {round(seconds % 60)} 秒" in README
-    search = read_jsonl(ROOT / "results" / "demo_recipe.jsonl")
-    demo = next(row for row in search if row["name"] == "demo")
-    assert demo["bits_per_char"] == round(last["eval_bits_per_char"], 5)
-    assert f"bigram 是 {demo['bigram_bits_per_char']:.2f}" in README
-    assert last["eval_bits_per_char"] < demo["bigram_bits_per_char"]        # 要胜过这把标尺
+@pytest.mark.parametrize("script", sorted({script for script, _ in commands()} - {"space/app.py"}))
+def test_commands_are_accepted(script):
+    """选项都在 --help 里，值的类型和范围也对（argparse 走到最后的 --help 才停）。"""
+    for arguments in [arguments for name, arguments in commands() if name == script]:
+        code, text = help_of(script, arguments)
+        assert code == 0, (script, arguments, text)
+        assert options_in(" ".join(arguments)) <= options_in(text), (script, arguments)
+
+
+def test_options_named_in_the_text_exist():
+    scripts = "".join(path.read_text("utf-8") for folder in (".", "benchmarks", "space", "scale", "docs")
+                      for path in (ROOT / folder).glob("*.py"))
+    known = set(re.findall(r'"--(\w+)"', scripts)) | set(re.findall(r'^    \("(\w+)", ', scripts, re.M)) | OTHERS
+    named = {name.removeprefix("no-") for name in options_in(README)}
+    assert named <= known, named - known
+
+
+def test_numbers_come_from_results():
+    assert readme_numbers.problems(README) == []
+
+
+def test_numbers_without_source_fail():
+    """这个检查自己会失败：没有来历的、与文件不同的、没有印出来的。"""
+    mark = "<!-- 出处 results/processes.json median_ratio={} -->"
+    assert readme_numbers.problems("训练用了 3.7 小时。") != []
+    assert readme_numbers.problems("训练用了 3.7 小时，未测。") == []
+    assert readme_numbers.problems("快 1.50 倍。 " + mark.format("1.50")) == []
+    assert readme_numbers.problems("快 1.60 倍。 " + mark.format("1.60")) != []
+    assert readme_numbers.problems("快得多。 " + mark.format("1.50")) != []
+    assert readme_numbers.problems("| 乱写的续写 <!-- 续写 0 教育的目的 --> |") != []
+
+
+def test_update_replaces_only_the_demo(monkeypatch):
+    text = ("外面 8.44。\n<!-- demo:begin -->\n损失 8.44，1,350 步。 "
+            "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.44 -->\n<!-- demo:end -->\n")
+    monkeypatch.setattr(readme_numbers, "look_up", lambda name, path: 8.61)
+    assert readme_numbers.updated(text) == text.replace("损失 8.44", "损失 8.61").replace("loss=8.44", "loss=8.61")
+
+
+def test_arithmetic():
+    """参数、每步的 token、运算次数，与脚本里的设置和公式一致。"""
+    width, layers, vocabulary, context = FULL["n_embd"], FULL["n_layer"], FULL["vocab_size"], FULL["block_size"]
+    layer = 12 * width**2 + 13 * width
+    total = vocabulary * width + context * width + layers * layer + 2 * width
+    for number in (vocabulary * width, context * width, layer, layers * layer, total):
+        assert f"{number:,}" in README
+    assert total == 82_066_944
+    tokens = FULL["effective_batch_size"] * context
+    flops = 6 * (total - context * width) + 12 * layers * width * context
+    assert f"{tokens:,}" in README and f"{flops / 1e8:.2f} 亿次" in README
+    assert f"{11_838 * tokens / 1e8:.1f} 亿 token" in README and f"{11_838 * tokens * flops / 1e17:.1f} × 10¹⁷" in README
+    assert f"{a100_train.learning_rate_scale(1000, 11_838):.3f} 倍" in README
+
+
+def test_memory_table():
+    rows = re.findall(r"^\| (\d+) \| ((?:[\d.]+ \| ){6})([\d.]+) \| (\d+) GB", README, re.M)
+    assert len(rows) == 5
+    for size, parts, total, card in rows:
+        need = [part / 2**30 for part in doctor.memory_needed(int(size)).values()]
+        assert parts == "".join(f"{part:.2f} | " for part in need)
+        assert total == f"{sum(need):.1f}" and sum(need) < int(card)
 
 
 def test_committed_demo_used_the_current_preset():
-    preset = DEMO_PRESET | {"learning_rate": a100_train.LEARNING_RATES["demo"][0]}     # 演示用 Muon
-    for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "learning_rate",
-                "max_steps", "vocab_size"):
-        assert CONFIG[key] == preset[key], key
-
-
-def test_committed_samples_are_the_same_run():
+    config = json.loads((ROOT / "results/demo/config.json").read_text("utf-8"))
+    for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "max_steps", "vocab_size"):
+        assert config[key] == DEMO[key], key
     table = (ROOT / "generation_samples.md").read_text("utf-8")
-    for row in read_jsonl(DEMO / "samples.jsonl"):
-        assert row["prompt"] in a100_train.PROMPTS
+    for line in (ROOT / "results/demo/samples.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
         assert f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**" in table
 
 
-def test_full_model_figures():
-    full = FULL
-    assert (full["n_layer"], full["n_embd"], full["n_head"], full["block_size"]) == (8, 768, 12, 1024)
-    assert full["effective_batch_size"] * full["block_size"] == 98_304 and "98,304" in README
-    assert train_tokenizer.VOCAB_SIZE["full"] == 32_000 and "32,000 词块" in README
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors(page):
+    text = (ROOT / page).read_text("utf-8")
+    anchors = {slug(heading) for heading in re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif "://" not in target:
+            assert (ROOT / target.partition("#")[0]).exists(), target
 
 
-def test_processes_figures():
-    measured = json.loads((ROOT / "results/processes.json").read_text("utf-8"))
-    low, high = min(measured["ratios"]), max(measured["ratios"])
-    assert f"**{measured['median_ratio']:.2f} 倍**（三次 {low:.2f} 到 {high:.2f}）" in README
-    assert f"效率 {measured['efficiency']:.0%}".replace("%", " %") in README and measured["date"] in README
-
-
-def test_data_preparation_figures():
-    rows = json.loads((ROOT / "results/data_prep.json").read_text("utf-8"))["rows"]
-    full = [row for row in rows if row["scale"] == "真实大小"]
-    assert full[0]["input_documents"] == 1_260_765 and full[0]["text_mb"] > 2390
-    for row in full:
-        assert f"{row['seconds']:.1f} |" in README and f"| {row['peak_rss_mb']:,} MB |" in README
-        assert row["peak_rss_mb"] <= 1500
-    for row in full[:2]:
-        assert f"| {row['text_mb'] / row['seconds']:.1f} | {row['peak_rss_mb']:,} MB |" in README
-    corpus, pack, baseline = (row for row in rows if row["scale"] == "16x")
-    for seconds in (corpus["seconds"] + pack["seconds"], baseline["seconds"]):
-        assert f"{seconds:.1f} 秒" in README
-    assert f"{baseline['peak_rss_mb']:,} MB" in README and f"{baseline['disk_mb']:,} MB" in README
-
-
-def test_memory_table(capsys):
-    doctor.print_memory_table()
-    rows = re.findall(r"(\d+) GB +(\d+（[\d.]+ GB）) +(\d+（[\d.]+ GB）)", capsys.readouterr().out)
-    assert len(rows) == 5
-    for size, eight_bit, full in rows:
-        assert f"| {size} GB | {eight_bit} | {full} |" in README
-
-
-def test_every_option_in_the_readme_exists():
-    scripts = "".join(path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
-    others = {"index", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "help",
-              "config_file", "num_processes", "repo"}                 # pip、torchrun、accelerate、hf
-    for option in set(re.findall(r"--(?:\[no-\])?([a-z][a-z_\d]+)", README)) - others:
-        assert f'"--{option}"' in scripts, option
-
-
-def test_files_named_in_the_readme_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_size_and_what_is_gone():
+    assert README.count("\n") <= 450 and len(README.encode("utf-8")) <= 60_000
+    gone = ("FSDP", "fsdp", "shutdown_when_done", "near_dedup", "normalize ", "skip_cleaning", "download_corpus")
+    assert not [word for page in PAGES for word in gone if word in (ROOT / page).read_text("utf-8")]

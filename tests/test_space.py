@@ -154,7 +154,7 @@ def server(folder, tmp_path_factory):
     process = subprocess.Popen([sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
                                env=environment() | {"GRADIO_SERVER_PORT": str(port)}, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
+    for _ in range(480):
         try:
             urllib.request.urlopen(url, timeout=5).read()
             break

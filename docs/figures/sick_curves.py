@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""生病的损失曲线：故意弄坏的几次真的训练，各弄坏一处，画在健康的旁边。
+
+    python docs/figures/sick_curves.py                 # 训练（演示大小，每个 300 步），写 results/sick_curves/，再画图
+    python docs/figures/sick_curves.py --draw_only     # 只由日志重画 docs/figures/sick_curves.png
+
+跑过的（同样的步数）不再跑。每次训练都是 a100_train.py 自己的 main()，只按 SICK 里写的改一处。
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+LOGS, PICTURE = ROOT / "results" / "sick_curves", Path(__file__).with_name("sick_curves.png")
+SMALL = 60_000               # 背书的两次只用这么多训练 token：300 步要读十遍
+SICK = {                     # 名字: (标题, 命令行, 改的是什么)
+    "healthy": ("健康", [], ""),
+    "high": ("学习率太高", ["--learning_rate", "0.8", "--muon_learning_rate", "1.0"], ""),
+    "low": ("学习率太低", ["--learning_rate", "1.6e-4", "--muon_learning_rate", "2e-4"], ""),
+    "no-warmup": ("没有预热", [], "no_warmup"),
+    "shuffled": ("目标打乱了", [], "shuffled"),
+    "overfit": ("背书：文字太少", [], "small"),
+    "eval-on-train": ("用训练的文字验证", [], "small eval_on_train"),
+}
+
+
+def edit_packed(folder, change):
+    """改打包好的数据：small 只留开头一段训练文字；eval_on_train 拿这一段当验证集。"""
+    train, meta_path = folder / "train.bin", folder / "meta.json"
+    meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    if "small" in change:
+        train.write_bytes(train.read_bytes()[:2 * SMALL])
+        meta["train_tokens"] = SMALL
+    if "eval_on_train" in change:
+        part = train.read_bytes()[:20_000]
+        (folder / "eval.bin").write_bytes(part)
+        characters = round(len(part) // 2 * 1.3)         # 图里只用 nat，每字比特不作数
+        meta["eval_sources"] = {"train": {"start": 0, "end": len(part) // 2, "characters": characters}}
+    meta["files"] = {name: (folder / name).stat().st_size for name in meta["files"]}
+    meta_path.write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+def train_here(change, arguments):
+    """在本进程里训练；代码里要改的在这里改。"""
+    import torch
+
+    import a100_train
+    if "no_warmup" in change:
+        a100_train.WARMUP = 0.0
+    if "shuffled" in change:                              # 模型还是看前文，要它猜的却是别处的 token
+        original, generator = a100_train.BlockStream.__getitems__, torch.Generator().manual_seed(0)
+
+        def shuffled(self, indices):
+            batch = original(self, indices)
+            labels = batch["labels"].flatten()
+            order = torch.randperm(len(labels), generator=generator)
+            return batch | {"labels": labels[order].view_as(batch["labels"])}
+
+        a100_train.BlockStream.__getitems__ = shuffled
+    sys.argv = ["a100_train.py", *arguments]
+    a100_train.run(a100_train.main)
+
+
+def start(name, base, steps, work):
+    """起一个子进程跑一次训练；返回（进程，工作目录）。"""
+    _, arguments, change = SICK[name]
+    folder = work / name
+    for part in ("corpus", "tokenizer", "packed"):
+        shutil.copytree(base / part, folder / part)
+    edit_packed(folder / "packed", change)
+    every = max(1, steps // 10)
+    command = [sys.executable, __file__, "--train", change, "--preset", "demo", "--device", "cpu", "--no-snapshots",
+               "--max_steps", str(steps), "--eval_steps", str(every), "--logging_steps", str(max(1, steps // 60)),
+               "--work_dir", str(folder), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), folder
+
+
+def train_all(steps, jobs, names):
+    from common import provenance
+    LOGS.mkdir(parents=True, exist_ok=True)
+    wanted = [name for name in names if not (LOGS / f"{name}.jsonl").exists()]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        subprocess.run([sys.executable, str(ROOT / "a100_train.py"), "--preset", "demo", "--prepare_only",
+                        "--device", "cpu", "--work_dir", str(work / "base")], check=True, stdout=subprocess.DEVNULL)
+        while wanted:
+            some, wanted = wanted[:jobs], wanted[jobs:]
+            for name, (process, folder) in {name: start(name, work / "base", steps, work) for name in some}.items():
+                process.wait()                            # 学习率太高的会发散、自己停下，日志也要
+                if (folder / "train_log.jsonl").exists():
+                    shutil.copy(folder / "train_log.jsonl", LOGS / f"{name}.jsonl")
+                    print(f"{name}：退出码 {process.returncode}")
+    about = provenance() | {"command": "python docs/figures/sick_curves.py", "steps": steps, "small_tokens": SMALL,
+                            "runs": {name: {"arguments": " ".join(arguments), "change": change}
+                                     for name, (_, arguments, change) in SICK.items()}}
+    (LOGS / "about.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def draw():
+    from matplotlib.figure import Figure
+
+    import plot_loss
+    chinese = plot_loss.use_chinese_font() == "zh"
+    figure = Figure(figsize=(11, 6.5), dpi=130, layout="tight")
+    runs = {name: plot_loss.read_run(LOGS / f"{name}.jsonl") for name in SICK if (LOGS / f"{name}.jsonl").exists()}
+    healthy = runs.pop("healthy")
+    for place, (name, sick) in enumerate(runs.items(), 1):
+        axes = figure.add_subplot(2, 3, place)
+        for run, color, label in (healthy, "0.6", "healthy"), (sick, "C3", name):
+            steps, losses, _ = zip(*run["train"], strict=True)
+            axes.plot(steps, losses, color=color, linewidth=1.2, label=SICK[label][0] if chinese else label)
+            if run["eval"]:
+                steps, losses, _ = zip(*run["eval"], strict=True)
+                axes.plot(steps, losses, "o", color=color, markersize=4)
+        axes.set(ylim=(4, 11), title=SICK[name][0] if chinese else name)
+        axes.legend(loc="upper right", frameon=False, fontsize=8)
+        axes.grid(alpha=0.2)
+    figure.supxlabel("步；线是训练损失，点是验证损失（nat）" if chinese else "step; lines: training, dots: held-out (nats)")
+    figure.savefig(PICTURE)
+    print(f"写好 {PICTURE}")
+
+
+def main():
+    if sys.argv[1:2] == ["--train"]:
+        return train_here(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description="生病的损失曲线", allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=300, help="每次训练的步数")
+    parser.add_argument("--jobs", type=int, default=2, help="同时跑几个，每个一个线程")
+    parser.add_argument("--only", nargs="+", choices=list(SICK), default=list(SICK), help="只跑这几个")
+    parser.add_argument("--draw_only", action="store_true", help="不训练，只画图")
+    args = parser.parse_args()
+    if not args.draw_only:
+        train_all(args.steps, args.jobs, args.only)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
