@@ -43,8 +43,18 @@ def test_laws_recover_their_exponents():
         optima.append(({"width": wide, "batch": batch}, optimum))
     law = width_report.fit_laws(optima, ["width", "batch"])
     assert law[0][1:] == pytest.approx([-0.5, 0.3])
-    best, low, high = width_report.predict(law, {"width": 768, "batch": 98_304}, ["width", "batch"])
-    assert best == pytest.approx(1e-2 * 0.5 * 48**0.3) and low < best < high
+
+
+def test_shift_borrows_the_curvature_of_the_base():
+    """对照只有两个点：顶点低一半（log2 移动 -1）也认得出来。"""
+    def run(rate, layers, best):
+        settings = dict.fromkeys(width_report.FIELDS) | vars(width.Trial(rate=rate, layers=layers))
+        return settings | {"bits": 5 + 0.03 * np.log2(rate / best) ** 2}
+
+    runs = [run(rate, 2, 4e-3) for rate in RATES] + [run(rate, 8, 2e-3) for rate in RATES[:2]]
+    moved, sigma = width_report.shift(runs, 0.003, layers=8)
+    assert moved == pytest.approx(-1) and 0 < sigma < 0.2
+    assert width_report.shift(runs, 0.003, vocab=32_000) is None
 
 
 def test_learning_rate_rises_then_falls():
