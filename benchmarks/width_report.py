@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from common import ROOT, read_lines, write_atomic
+from width import QUEUE
 
 RESULTS = ROOT / "results" / "recipe"
 TARGET = dict(width=768, batch=98_304, steps=11_838)     # 完整训练；步数是公开参考的
@@ -222,7 +223,8 @@ def write_table(folder):
     guesses = [f"| {name} | {factor:.2f} | {best:.1e} | {low:.1e}–{high:.1e} |"
                for name, factor, best, low, high in predictions(runs, optima, noise)]
     muon_lines, _ = optimum_table(runs, "muon", noise)
-    notes = folder / "notes.md"
+    notes, done = folder / "notes.md", {run["name"] for run in runs}
+    left = [trial.name for trial in QUEUE if trial.name not in done]
     write_atomic(folder / "README.md", "\n".join([
         "# 真实宽度上的学习率", "",
         "命令：`python benchmarks/width.py --corpus …`（训练）、`python benchmarks/width_report.py`（表和图）。每个试验的日志在 "
@@ -238,9 +240,10 @@ def write_table(folder):
         "层数和词表的倍数在 192 维上量（借用基准的曲率，只让顶点移动）；每一步都乘在上一行上。", "",
         "| 一步步 | 倍数 | 到这里的最优 | 范围（一个标准差） |", "|---|---:|---:|---|", *guesses, "",
         "## Muon 的学习率（矩阵）", "", "| 设置 | 学习率：每字比特 | 最优 |", "|---|---|---|", *muon_lines, "",
-        "## 真实大小：82,066,944 参数，2,048 token/步", "",
+        "## 真实大小：8 层 × 768 维，词表 32,000，2,048 token/步", "",
+        "81,477,120 参数：上下文 256，比完整训练的 82,066,944 少 768 个位置向量。", "",
         "| 配方 | 种子 | 步 | **每字比特** | 损失 nat | token：每字比特 |", "|---|---|---|---|---|---|",
-        *full_table(runs)]) + "\n")
+        *full_table(runs), "", f"队列里还没有跑的：{'、'.join(left) or '无'}。"]) + "\n")
     return runs, optima, noise
 
 
@@ -308,7 +311,7 @@ def draw(runs, optima, noise, path):
     axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）", ylim=(4.6, 5.6))
     axes[1, 1].legend(fontsize=8)
     for axis, title in zip(axes.flat, ("2 层，2,048 token/步，160 步", "192 维 × 2 层，160 步", "最优学习率对批量",
-                                       "真实大小：82 M 参数，2,048 token/步"), strict=True):
+                                       "真实大小：8 层 × 768 维，词表 32,000，2,048 token/步"), strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

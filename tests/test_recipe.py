@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -74,3 +74,14 @@ def test_small_trial_learns_and_is_not_run_twice(work_dir, tmp_path, capsys):
     model, *_ = width.build(trial, work_dir)
     assert run["parameters"] == sum(p.numel() for p in model.parameters())
     assert not width.run_trial(trial, tmp_path, tmp_path / "logs", None)
+
+
+def test_committed_logs_are_what_their_names_say():
+    runs = width_report.load(width_report.RESULTS / "scaling")
+    assert len(runs) > 20
+    for run in runs:
+        trial = width.Trial(**{field.name: run[field.name] for field in fields(width.Trial)})
+        assert trial.name == run["name"] and width.parameters(trial) == run["parameters"]
+        assert run["rows"][-1]["step"] == trial.steps or "error" in run["rows"][-1]
+    full = {run["muon"]: run["bits"] for run in runs if run["parameters"] == 82_066_944 - 768 * 768}
+    assert full[0.02] < full[0]                 # 真实大小上，Muon 好于 AdamW
