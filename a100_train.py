@@ -104,7 +104,9 @@ def read_settings():
     s = argparse.Namespace(**{row[0]: row[column] for row in SETTINGS} | given, given=sorted(given))
     if s.batch_size == "auto":
         s.batch_size = s.effective_batch_size // WORLD_SIZE
-    s.batch_size = int(s.batch_size) if str(s.batch_size).isdecimal() else 0
+    if not str(s.batch_size).isdecimal():
+        fail(f"--batch_size 是 {s.batch_size}；要一个大于 0 的整数，或 auto")
+    s.batch_size = int(s.batch_size)
     for name, value in vars(s).items():
         low = 0 if name in ("max_steps", "seed") or isinstance(value, bool) else 1e-9
         if isinstance(value, (int, float)) and not low <= value < 2**32:

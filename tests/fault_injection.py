@@ -10,6 +10,7 @@ tests/test_fault.py 里是五次的短版本。
 """
 
 import argparse
+import atexit
 import json
 import multiprocessing
 import os
@@ -70,24 +71,28 @@ class Command:
         return self.process.wait(timeout=600)
 
 
-def forked_main(arguments, log_path):
+def forked_main(arguments, log_path, environment):
     os.setsid()
+    os.environ.update(environment)
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     import a100_train
     sys.argv = [str(ROOT / "a100_train.py"), *arguments]
-    a100_train.run(a100_train.main)
+    try:
+        a100_train.run(a100_train.main)
+    finally:
+        atexit._run_exitfuncs()                         # multiprocessing 的子进程不跑这些；wandb 靠它收尾
 
 
 class Forked:
     """同一个 main()，从已经 import 好的进程里 fork 出来：每次省去几秒到十几秒的 import。短版本用。"""
 
-    def __init__(self, arguments, log):
+    def __init__(self, arguments, log, environment=()):
         os.environ.update(ENVIRONMENT)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["a100_train"])
-        self.process = context.Process(target=forked_main, args=(arguments, log.name))
+        self.process = context.Process(target=forked_main, args=(arguments, log.name, dict(environment)))
         self.process.start()
         self.pid = self.process.pid
 

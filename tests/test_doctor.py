@@ -41,7 +41,8 @@ def test_presets_and_model_are_the_ones_that_are_trained():
     column = {"full": 3, "demo": -1}
     for preset, values in doctor.PRESETS.items():
         trained = {row[0]: row[column[preset]] for row in a100_train.SETTINGS}
-        for name in ("vocab_size", "n_layer", "n_embd", "n_head", "block_size", "batch_size", "effective_batch_size"):
+        for name in ("vocab_size", "n_layer", "n_embd", "n_head", "block_size", "batch_size",
+                     "effective_batch_size"):
             assert values[name] == trained[name], (preset, name)
     values = doctor.PRESETS["demo"]
     trained = a100_train.build_model(SimpleNamespace(**values, attn="sdpa", liger=False, seed=0))
@@ -103,7 +104,8 @@ def test_versions(tmp_path, monkeypatch):
                     encoding="utf-8")
     lines = [line for line in doctor.examine_versions(path) if "有驱动" not in line[1]]
     assert [level for level, _ in lines] == ["不行", "注意", "不行", "注意", "注意", "正常"]
-    assert "torch 2.4.0+cu121" in lines[0][1] and "accelerate 1.15.0" in lines[-1][1] and "foo" not in str(lines)
+    assert "torch 2.4.0+cu121" in lines[0][1] and "accelerate 1.15.0" in lines[-1][1]
+    assert "foo" not in str(lines)
 
 
 def test_project_requirements():

@@ -45,7 +45,8 @@ def make_run(folder, factor=1.3, start=8.0, config=CONFIG):
     for step in range(0, 101, 5):
         loss = start * math.exp(-step / 200) + 0.1 * math.sin(step)
         rows += [{"step": step, "loss": loss, "learning_rate": 1e-3}] if step else []
-        rows += [{"step": step, "eval_loss": loss, "eval_bits_per_char": loss * factor}] if step % 25 == 0 else []
+        if step % 25 == 0:
+            rows += [{"step": step, "eval_loss": loss, "eval_bits_per_char": loss * factor}]
     folder.mkdir(parents=True)
     (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -102,11 +103,11 @@ def test_as_a_program(tmp_path):
     """输出写不进去是一行；我们自己打开的文件都写明了编码（中文 Windows 默认 GBK）。"""
     run = make_run(tmp_path / "run")
     command = [sys.executable, ROOT / "plot_loss.py", run, "--output"]
-    bad = subprocess.run([*command, run / "train_log.jsonl" / "x.png"], env=environment(), capture_output=True,
-                         text=True, encoding="utf-8", timeout=100)
+    pipes = dict(capture_output=True, text=True, encoding="utf-8", timeout=100)
+    bad = subprocess.run([*command, run / "train_log.jsonl" / "x.png"], env=environment(), **pipes)
     assert bad.returncode == 1 and bad.stderr.startswith("错误：") and bad.stderr.count("\n") == 1
-    good = subprocess.run([*command, tmp_path / "x.png"], env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"},
-                          capture_output=True, text=True, encoding="utf-8", timeout=100)
+    good = subprocess.run([*command, tmp_path / "x.png"], **pipes,
+                          env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"})
     assert good.returncode == 0 and f"{ROOT / 'plot_loss.py'}" not in good.stderr, good.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.png"]       # 没有留下临时文件
 
@@ -155,7 +156,8 @@ def test_lines_hold_the_data(tmp_path):
 
 
 def test_different_tokenizers_are_compared_in_bits(tmp_path):
-    runs = [plot_loss.read_run(make_run(tmp_path / name, factor)) for name, factor in (("a", 1.3), ("b", 0.9))]
+    runs = [plot_loss.read_run(make_run(tmp_path / name, factor))
+            for name, factor in (("a", 1.3), ("b", 0.9))]
     axes = plot_loss.draw(runs, "en").axes[0]
     assert axes.get_ylabel() == plot_loss.LABELS["en"]["bits"]
     points = [line for line in axes.get_lines() if line.get_marker() == "o"]

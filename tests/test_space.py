@@ -257,7 +257,8 @@ def test_growth(browser):
     slider.send_keys(Keys.END)                                                       # 拖到最后
     wait(browser, lambda: "第 200 步" in text_of(browser, "growth-左"))
     wait(browser, lambda: value(browser, "growth-左") == right)                     # 同一快照、同一种子：同样的字
-    wait(browser, lambda: browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML") != before)
+    wait(browser, lambda: before != browser.find_element(
+        By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML"))
 
 
 def test_pieces(browser):

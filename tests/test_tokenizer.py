@@ -32,11 +32,13 @@ MORE_HARD_LINES = [
 def write_corpus(folder, train, held_out=("验证集。",), shards=1):
     """一份最小的 corpus/：train 按次序分成 shards 个文件。"""
     folder.mkdir(parents=True)
-    parts = {f"train-{i:05}": train[len(train) * i // shards:len(train) * (i + 1) // shards] for i in range(shards)}
+    cuts = [len(train) * i // shards for i in range(shards + 1)]
+    parts = {f"train-{i:05}": train[cuts[i]:cuts[i + 1]] for i in range(shards)}
     for name, texts in (parts | {"eval-00000": list(held_out)}).items():
         pq.write_table(pa.table({"text": texts, "source": ["x"] * len(texts)}), folder / f"{name}.parquet")
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "report.json").write_text(json.dumps({"corpus_hash": "1", "files": files}), encoding="utf-8")
+    report = json.dumps({"corpus_hash": "1", "files": files})
+    (folder / "report.json").write_text(report, encoding="utf-8")
     return folder
 
 
@@ -54,10 +56,12 @@ def lines(real_texts):
     """分词器没见过的真实文本 4,000 篇，难句，和 2,000 行随机的任意 Unicode（不含代理字符和 ▁）。"""
     rng = random.Random(0)
     ranges = [(0, 0x7F), (0x80, 0x2FFF), (0x3000, 0x9FFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
-    noise = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randrange(60))) for _ in range(2000)]
+    noise = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randrange(60)))
+             for _ in range(2000)]
     unseen = [text for texts in real_texts.values() for text in texts[1500:3500]]
     assert len(unseen) >= 4000
-    return unseen + train_tokenizer.HARD_LINES + MORE_HARD_LINES + [text.replace("\u2581", "") for text in noise]
+    noise = [text.replace("\u2581", "") for text in noise]
+    return unseen + train_tokenizer.HARD_LINES + MORE_HARD_LINES + noise
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,8 @@ def test_punctuation_and_space_have_their_own_pieces(fast, sp):
 def test_report(work_dir, sp):
     """报告里的每 token 字符数等于另算一遍的结果。"""
     report = json.loads((work_dir / "tokenizer/report.json").read_text(encoding="utf-8"))
-    texts = [text for path in (work_dir / "corpus").glob("eval-*") for text in pq.read_table(path)["text"].to_pylist()]
+    texts = [text for path in (work_dir / "corpus").glob("eval-*")
+             for text in pq.read_table(path)["text"].to_pylist()]
     held_out = [line for text in texts for line in text.split("\n") if line.strip()]
     assert report["held_out_lines"] == len(held_out) > 50
     tokens = sum(map(len, sp.encode(held_out)))
@@ -124,8 +129,10 @@ def trained_on(monkeypatch):
 
 
 def test_held_out_documents_are_never_trained_on(work_dir, tmp_path, trained_on):
-    error_of(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t", "--vocab_size", 9000)
-    train, held_out = (set(train_tokenizer.read_lines(work_dir / "corpus", split)) for split in ("train", "eval"))
+    error_of(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t",
+             "--vocab_size", 9000)
+    train, held_out = (set(train_tokenizer.read_lines(work_dir / "corpus", split))
+                       for split in ("train", "eval"))
     assert set(trained_on) == train, "词表够大时每一行原样送进去"
     assert len(held_out - train) >= 90 and not set(trained_on) & (held_out - train)
 
@@ -136,7 +143,8 @@ def test_shards_do_not_matter(tmp_path, trained_on, monkeypatch):
     texts = [f"第{i}行\n再一行" for i in range(100)]
     for shards in (1, 7):
         corpus = write_corpus(tmp_path / f"c{shards}", texts, shards=shards)
-        error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t", "--vocab_size", 9000)
+        error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t",
+                 "--vocab_size", 9000)
     assert len(trained_on) == 100 and trained_on[:50] == trained_on[50:] == "\n".join(texts[:25]).split("\n")
 
 
@@ -150,7 +158,8 @@ def test_long_lines_are_cut_and_blank_lines_dropped(tmp_path):
 
 def test_small_vocabulary_keeps_room_for_words(work_dir, tmp_path):
     """字比词表多：罕见字拆成字节，仍然无损；单字不占满词表。"""
-    call(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t", "--vocab_size", 600)
+    call(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t",
+         "--vocab_size", 600)
     report = json.loads((tmp_path / "t/report.json").read_text(encoding="utf-8"))
     assert 0.4 < report["character_coverage"] < 0.9
     sp = spm.SentencePieceProcessor(model_file=str(tmp_path / "t/sentencepiece.model"))
@@ -185,11 +194,12 @@ def test_unreachable_vocabulary_and_its_advice(real_texts):
 def test_self_check_refuses_a_lossy_tokenizer(work_dir, tmp_path, fault):
     """公开参考的几处设置，每一处都会丢信息；自检必须发现。"""
     model = io.BytesIO()
-    settings = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False) | fault
+    settings = dict(byte_fallback=True, normalization_rule_name="identity",
+                    remove_extra_whitespaces=False) | fault
     spm.SentencePieceTrainer.train(
-        sentence_iterator=train_tokenizer.read_lines(work_dir / "corpus", "eval"), model_writer=model, vocab_size=3000,
-        hard_vocab_limit=False, character_coverage=0.98, required_chars="\u2581", pad_id=0, unk_id=1, bos_id=2,
-        eos_id=3, pad_piece="<pad>", minloglevel=2, add_dummy_prefix=False,
+        sentence_iterator=train_tokenizer.read_lines(work_dir / "corpus", "eval"), model_writer=model,
+        vocab_size=3000, hard_vocab_limit=False, character_coverage=0.98, required_chars="\u2581",
+        pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", minloglevel=2, add_dummy_prefix=False,
         **settings)
     model = model.getvalue()
     with pytest.raises(SystemExit, match="自检不通过"):
@@ -207,8 +217,8 @@ def test_failing_self_check_leaves_the_old_tokenizer(copied, monkeypatch):
         return fast
     monkeypatch.setattr(train_tokenizer, "convert", lossy)
     before = read_folder(copied / "tokenizer")
-    message = error_of(train_tokenizer, "--corpus_dir", copied / "corpus", "--output_dir", copied / "tokenizer",
-                       "--vocab_size", 600)
+    message = error_of(train_tokenizer, "--corpus_dir", copied / "corpus",
+                       "--output_dir", copied / "tokenizer", "--vocab_size", 600)
     assert "自检不通过" in message and "，" in message
     assert read_folder(copied / "tokenizer") == before and not list(copied.glob(".tokenizer.tmp*"))
 
@@ -232,7 +242,8 @@ def test_reuse_rebuild_and_refuse(copied, capsys):
 def test_foreign_folder_is_refused(work_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/笔记.txt").write_text("别动", encoding="utf-8")
-    assert "不覆盖" in error_of(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "out")
+    assert "不覆盖" in error_of(train_tokenizer, "--corpus_dir", work_dir / "corpus",
+                             "--output_dir", tmp_path / "out")
     assert read_folder(tmp_path / "out") == {"笔记.txt": "别动".encode()}
 
 
@@ -257,7 +268,8 @@ def damage(name, change):
 def test_damaged_corpus(tmp_path, real_texts, spoil, words):
     corpus = write_corpus(tmp_path / "corpus", real_texts["news"][:500])
     spoil(corpus)
-    message = error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t", "--vocab_size", 320)
+    message = error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t",
+                       "--vocab_size", 320)
     assert words in message and str(corpus) in message and not (tmp_path / "t").exists()
 
 
@@ -265,7 +277,8 @@ def test_damaged_corpus(tmp_path, real_texts, spoil, words):
     (["😀", "😀😃", "😃😄😀", "👍"], 3000, "凑不出 3,000 个词块"),
     (["一" * i for i in range(1, 9)], 300, "凑不出 300 个词块"),
     ([chr(i) * 2 for i in range(0x4E00, 0x5200)], 400, "凑不出 400 个词块"),
-    (["一"], 299, "--vocab_size 要在 300"), (["一"], 65_537, "65,536"), (["一"], 0, "得到 0"), (["一"], -5, "得到 -5"),
+    (["一"], 299, "--vocab_size 要在 300"), (["一"], 65_537, "65,536"),
+    (["一"], 0, "得到 0"), (["一"], -5, "得到 -5"),
 ])
 def test_wrong_vocabulary_size(tmp_path, texts, vocab_size, words):
     corpus = write_corpus(tmp_path / "corpus", texts)
@@ -281,8 +294,9 @@ def test_missing_corpus(tmp_path):
 def test_no_encoding_warnings(work_dir, tmp_path):
     """中文 Windows 默认用 GBK 开文本文件：我们自己的每一处都写明了编码（别的库的警告不算）。"""
     result = subprocess.run(
-        [sys.executable, ROOT / "train_tokenizer.py", "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t",
-         "--vocab_size", "320"], env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}, capture_output=True,
+        [sys.executable, ROOT / "train_tokenizer.py", "--corpus_dir", work_dir / "corpus",
+         "--output_dir", tmp_path / "t", "--vocab_size", "320"],
+        env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}, capture_output=True,
         text=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0 and "EncodingWarning" not in "".join(
         line for line in result.stderr.splitlines() if line.startswith(str(ROOT) + os.sep)), result.stderr

@@ -3,6 +3,7 @@
 中断与信号见 test_fault.py，几个进程见 test_distributed.py。
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 
+import fault_injection
 import filelock
 import pytest
 import torch
@@ -298,6 +300,7 @@ def test_other_data_asked_for_is_refused(work, tmp_path, real_texts, argv):
 @pytest.mark.parametrize(("argv", "words"), [
     (["--n_layer", "-1"], ["--n_layer", "-1"]),
     (["--batch_size", "0"], ["--batch_size", "0"]),
+    (["--batch_size", "some"], ["--batch_size", "some", "auto"]),
     (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
     (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
     (["--max_hours", "-2"], ["--max_hours"]),
@@ -312,8 +315,8 @@ def test_bad_values(tmp_path, argv, words):
     assert all(word in message for word in words) and not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("argv", [["--learning_rate", "fast"], ["--n_layer", "2.5"], ["--batch_size", "some"],
-                                  ["--preset", "a100"], ["--learning_rat", "1"], ["--corpus"], ["stray"]])
+@pytest.mark.parametrize("argv", [["--learning_rate", "fast"], ["--n_layer", "2.5"], ["--preset", "a100"],
+                                  ["--learning_rat", "1"], ["--corpus"], ["stray"]])
 def test_argparse_refuses(tmp_path, capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         call(a100_train, "--work_dir", tmp_path / "w", *argv)
@@ -396,10 +399,14 @@ def test_disk_full_while_saving(small_disk, work, finished, no_plot, monkeypatch
     disk = small_disk("24m", work)
     fill(disk, leave)
     before = digest(disk / "run/checkpoints/checkpoint-4")
-    assert "磁盘写满了" in guarded(monkeypatch, capsys, "--work_dir", disk / "run", *TINY)
+    argv = ["--work_dir", disk / "run", *TINY]
+    assert "磁盘不够" in error_of(a100_train, *argv), "开始之前就看得出来"
+    usage, answers = shutil.disk_usage, [argparse.Namespace(free=1 << 40)]     # 假装开始时看着够
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage(path))
+    assert "磁盘写满了" in guarded(monkeypatch, capsys, *argv)
     assert digest(disk / "run/checkpoints/checkpoint-4") == before
     (disk / "ballast").unlink()
-    call(a100_train, "--work_dir", disk / "run", *TINY)
+    call(a100_train, *argv)
     assert weights(disk / "run") == weights(finished)
 
 
@@ -427,14 +434,12 @@ def test_trackers_run_offline(name, work_dir, tmp_path):
     logs = tmp_path / "logs"
     logs.mkdir()
     variables = {"TENSORBOARD_LOGGING_DIR": str(logs), "SWANLAB_MODE": "offline",
-                 "SWANLAB_LOG_DIR": str(logs), "TRACKIO_DIR": str(logs),
-                 "WANDB_MODE": "offline", "WANDB_DIR": str(logs),
-                 "HOME": str(tmp_path)}
-    argv = ["--work_dir", tmp_path / "work", *TINY, "--max_steps", 2, "--report_to", name]
-    result = subprocess.run([sys.executable, a100_train.__file__, *map(str, argv)],
-                            env=environment() | variables, cwd=logs, capture_output=True, text=True,
-                            encoding="utf-8", timeout=200)
-    assert result.returncode == 0, result.stdout + result.stderr
+                 "SWANLAB_LOG_DIR": str(logs), "TRACKIO_DIR": str(logs), "HOME": str(tmp_path),
+                 "WANDB_MODE": "offline", "WANDB_DIR": str(logs), "PWD": str(logs)}
+    argv = ["--work_dir", tmp_path / "work", *TINY, "--max_steps", 2, "--report_to", name, "--no-snapshots"]
+    with open(tmp_path / "run.log", "a") as log:         # fork 出来的：四个都省去 import
+        code = fault_injection.Forked(list(map(str, argv)), log, variables).wait()
+    assert code == 0, (tmp_path / "run.log").read_text("utf-8")
     found = [path for path in logs.rglob(TRACKERS[name]) if path.is_file()]
     assert found, list(logs.rglob("*"))
     assert any(b"eval_bits_per_char" in path.read_bytes() or b"eval/bits_per_char" in path.read_bytes()
