@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""训练前的体检：花几小时的显卡钱以前，先用一分钟看看会不会白花。
+"""训练前的体检：花几小时的显卡钱以前，先用一分钟看看会不会白花。什么也不改。
 
-读什么：本机的显卡、软件、磁盘、内存、网络，和旁边的 requirements.txt。什么也不改（只试写一个临时文件，随即删掉）。
-打印什么：每行以 正常、注意、不行 开头，接着是查到了什么、该怎么办。没有“不行”时退出码 0，否则 1。
+每行以 正常、注意、不行 开头，接着是查到了什么、该怎么办。没有“不行”时退出码 0，否则 1。
 
     python doctor.py --price_per_hour 3.45       # 完整训练前：查一遍，真训练两秒，估算时间和花费（元）
     python doctor.py --preset demo --offline     # 演示前：不查网络
@@ -12,107 +11,141 @@
 import argparse
 import http.client
 import importlib.metadata
-import importlib.util
 import math
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import psutil
 import torch
 import torch.nn.functional as F
 import transformers
-from matplotlib import font_manager
 from packaging.requirements import Requirement
 
+from plot_loss import run, use_chinese_font
+
 OK, NOTE, BAD = "正常", "注意", "不行"
-# 模型与批量同 a100_train.py。steps、characters（语料字数）：完整训练取公开参考的 11,838 步（两遍，一遍约
-# 5.8 亿 token，合 9 亿字，估计值），演示是实测；memory_gb 是大致要的内存
+# 模型与批量同 a100_train.py；完整训练按公开参考的 11,838 步（两遍，一遍约 5.8 亿 token，合 9 亿字，估计值）算。
+# disk_gb 偏大：每字下载 3 字节、语料 4、打包 4，再加三个检查点（每参数 12 字节：权重 4、优化器 8）和最终模型
 PRESETS = {
     "full": dict(vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024, batch_size=48,
-                 effective_batch_size=96, steps=11_838, characters=900_000_000, memory_gb=8),
+                 effective_batch_size=96, steps=11_838, memory_gb=8, disk_gb=14),
     "demo": dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=32,
-                 effective_batch_size=32, steps=1350, characters=3_100_000, memory_gb=2),
+                 effective_batch_size=32, steps=1350, memory_gb=2, disk_gb=0.1),
 }
 REQUIRED = {"torch", "transformers", "accelerate", "sentencepiece", "pyarrow", "matplotlib", "filelock"}
 HUB, MIRROR, MODELSCOPE = "https://huggingface.co", "https://hf-mirror.com", "https://www.modelscope.cn"
-AUTODL, KAGGLE = Path("/root/autodl-tmp"), Path("/kaggle/working")
-WIKI = "wikipedia-cn-20230720-filtered"      # 拿 wiki 数据集（521 MB）的开头测下载速度
-# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格，用来算 MFU
+WIKI = "wikipedia-cn-20230720-filtered"      # 拿这个数据集（521 MB）的开头测下载速度
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格；与 a100_train.py 相同
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165,
                "3090": 71, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
-FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
-         "PingFang SC", "Hiragino Sans GB", "Heiti SC", "STHeiti", "Microsoft YaHei", "SimHei",
-         "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS"]
 
 
-# ==== 0. 控制台与出错（各脚本里一字不差，由 tests/test_consistency.py 看守）====
+# ==== 1. 看一看：显卡、版本、磁盘、内存、网络。每个函数逐个给出（级别，说明）====
 
-class UserError(Exception):
-    """使用者自己能改正的错误：只打印一行中文，退出码 1，没有 traceback。"""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse，但报错是一行中文，而且 --work-dir 和 --work_dir 都认。"""
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        dashes = re.compile(r"^--[\w-]+")
-        args = [dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
-        args = [re.sub(r"^--no_(?=\w)", "--no-", a) for a in args]
-        return super().parse_args(args, namespace)
-
-    def error(self, message):
-        for english, chinese in (("ignored explicit argument", "不接受取值"), ("argument ", "参数 "),
-                                 ("unrecognized arguments:", "不认识的参数："),
-                                 ("expected one argument", "后面要跟一个值"),
-                                 ("expected at least one argument", "后面至少要跟一个值"),
-                                 ("invalid choice:", "没有这个选项："), ("choose from", "可选")):
-            message = message.replace(english, chinese)
-        print(f"错误：{message}（--help 列出全部参数）", file=sys.stderr)
-        sys.exit(2)
+def examine_devices(preset):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        gpu, triton = torch.cuda.get_device_properties(index), find_spec("triton")
+        ampere = gpu.major >= 8         # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
+        yield (OK if triton and gpu.major >= 7 else NOTE), (
+            f"显卡 {index}：{gpu.name}，{gpu.total_memory / 2**30:.0f} GB，计算能力 {gpu.major}.{gpu.minor}"
+            f"{'' if gpu.major >= 7 else '（太旧，新的 torch 不支持，换一张）'}；{'bf16' if ampere else '没有 bf16，用 fp16'}；"
+            f"torch 自带{' FlashAttention' if ampere else '省显存的注意力'}，不必装 flash-attn；"
+            f"torch.compile {'可用' if triton else '用不了：pip install triton，或加 --no-compile'}")
+    if count > 1:
+        yield NOTE, f"{count} 张显卡都用上：torchrun --standalone --nproc_per_node={count} a100_train.py"
+    if not count:
+        level = BAD if preset == "full" else OK
+        yield level, f"没有 CUDA 显卡，用 CPU（{os.cpu_count()} 核）：只够跑 --preset demo，完整训练要租显卡"
 
 
-def number(kind, low, high=1e18):
-    """给 argparse 的 type=：返回一个函数，它只收 low 到 high 之间的 kind（int 或 float）。"""
-    def parse(text):
+def examine_versions(path):
+    """已装的版本与 path 里的范围：合格的并成一行，其余一个一行。"""
+    good = [f"python {sys.version.split()[0]}", f"CUDA {torch.version.cuda or '无'}"]
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        yield BAD, f"有 NVIDIA 驱动，torch 却用不了显卡（{good[1]}）；升级驱动，或从 pytorch.org 装合适的 torch"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line.partition("#")[0]) for line in lines if re.match(r"\w", line)]
+    for wanted in (each for each in requirements if not each.marker or each.marker.evaluate()):
         try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"要一个{'整数' if kind is int else '数'}，得到 {text!r}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"要在 {low:g} 到 {high:g} 之间，得到 {text}")
-        return value
-    return parse
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = ""
+        newer = found and any(s.operator == "<" and not s.contains(found, True) for s in wanted.specifier)
+        if found and wanted.specifier.contains(found, prereleases=True):
+            good.append(f"{wanted.name} {found}")
+        else:
+            yield (BAD if wanted.name in REQUIRED and not newer else NOTE), (
+                f"{wanted.name} {found or '没有装'}，要 {wanted.specifier}{'（更新的没试过）' if newer else ''}："
+                f"pip install '{wanted.name}{wanted.specifier}'")
+    yield OK, f"版本：{'，'.join(good)}"
 
 
-def run(main):
-    """运行 main()，把使用者能造成的错误变成一行中文和非零退出码。"""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # 让 finally 里的清理有机会执行
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+def examine_disk(folder, disk_gb):
+    """folder（可以还不存在）所在的盘够不够、能不能写。"""
+    place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    yield (OK if free > disk_gb else BAD), (
+        f"{folder} 所在的盘剩 {free:.1f} GB，大约要 {disk_gb} GB；不够就清出空间，或换一块盘（--work_dir）")
     try:
-        sys.exit(main())
-    except UserError as error:
-        message = str(error)
+        with tempfile.TemporaryFile(dir=place, prefix=".doctor-") as file:       # 关上就没了
+            file.write(bytes(1 << 20))
     except OSError as error:
-        full = error.errno == 28 or "No space left" in str(error)
-        where = f"{error.filename}：" if error.filename else ""
-        message = f"磁盘写满了：{where}清出空间后重跑同一条命令" if full else f"读写文件失败：{error}；检查路径和权限"
-    except KeyboardInterrupt:
-        print("已按 Ctrl-C 停下，未完成的部分不算数；重跑同一条命令即可", file=sys.stderr)
-        sys.exit(130)
-    print("错误：" + " ".join(message.split()), file=sys.stderr)
-    sys.exit(1)
+        yield BAD, f"{place} 写不进去（{error.strerror}）；检查是不是文件夹、权限和配额，或换一个 --work_dir"
 
+
+def examine_host(memory_gb):
+    """内存和中文字体。"""
+    available, cgroup = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
+    if cgroup.exists() and (limit := cgroup.read_text(encoding="utf-8").strip()).isdigit():
+        available = min(available, int(limit))               # 容器的上限比机器的小
+    yield (OK if available > memory_gb * 2**30 else NOTE), (
+        f"内存可用 {available / 2**30:.1f} GB，大约要 {memory_gb} GB；不够就关掉别的程序，或换内存大的机器")
+    yield (OK, "有中文字体，曲线图用中文标注") if use_chinese_font() == "zh" else (
+        NOTE, "没有中文字体，曲线图用英文；要中文：apt-get install fonts-wqy-microhei")
+
+
+def download(url, seconds, result):
+    """从 url 读最多 4 MB 或 seconds 秒，往 result 里放（级别，说明）。"""
+    start, size = time.perf_counter(), 0
+    try:
+        with urllib.request.urlopen(url, timeout=seconds) as response:
+            while size < 4e6 and time.perf_counter() - start < seconds and (data := response.read1(65536)):
+                size += len(data)
+        speed = size / (time.perf_counter() - start) / 1e6
+        result.append((NOTE if speed < 0.5 else OK, f"每秒 {speed:.2f} MB（wiki 数据集 521 MB）"))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        result.append((NOTE, f"没有下载成（{getattr(error, 'reason', type(error).__name__)}）"))
+
+
+def examine_network(seconds=4):
+    """Hub、镜像、ModelScope 各一行；正在用的是 HF_ENDPOINT 指的那个。"""
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    for base in dict.fromkeys((HUB, MIRROR, endpoint, MODELSCOPE)):
+        owner, branch = ("AI-ModelScope", "master") if base == MODELSCOPE else ("pleisto", "main")
+        url, result = f"{base}/datasets/{owner}/{WIKI}/resolve/{branch}/{WIKI}.json", []
+        thread = threading.Thread(target=download, args=(url, seconds, result), daemon=True)
+        thread.start()
+        thread.join(seconds + 1)                    # 解析域名会卡住，urllib 的 timeout 管不到
+        level, text = result[0] if result else (NOTE, f"{seconds:g} 秒没有应答")
+        if level != OK and base == endpoint:
+            text += (f"；正在用的是它，换一路：export HF_ENDPOINT={MIRROR if endpoint == HUB else HUB}，"
+                     f"或从 ModelScope 下载后用 --corpus wiki=文件")
+        yield level, f"网络 {re.sub(r'.*//|.*@|/.*', '', base)}：{text}"       # 只印主机名：网址里可能有密码
+    if endpoint != HUB and not os.environ.get("HF_HUB_DISABLE_XET"):
+        yield NOTE, "Xet 下载会绕开 HF_ENDPOINT；再设一个：export HF_HUB_DISABLE_XET=1"
+
+
+# ==== 2. 真的训练两秒：速度、MFU、花费 ====
 
 def peak_flops(device):
     """设备每秒浮点运算次数的峰值，和它的来历。表里没有的设备就实测一次大矩阵乘。"""
@@ -135,192 +168,32 @@ def flops_per_token(parameters, n_layer, n_embd, block_size):
     return 6 * (parameters - block_size * n_embd) + 12 * n_layer * n_embd * block_size
 
 
-# ==== 1. 看一看：显卡、版本、磁盘、内存、网络 ====
-
-def examine_devices(preset):
-    """每张显卡一行；没有显卡时说 CPU 能做什么。这些函数都逐个给出 (级别, 说明)。"""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(count):
-        gpu, ask = torch.cuda.get_device_properties(index), torch.backends.cuda
-        ampere = gpu.major >= 8         # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
-        with torch.cuda.device(index):  # 拿完整模型的形状去问有哪些注意力核：12 头 × 64 维，因果，没有掩码
-            q = torch.empty(1, 12, 1024, 64, device="cuda", dtype=torch.bfloat16 if ampere else torch.float16)
-            kernels = [name for name in ("flash", "efficient", "cudnn") if getattr(
-                ask, f"can_use_{name}_attention")(ask.SDPAParams(q, q, q, None, 0.0, True, False))]
-        triton, flash_attn = map(importlib.util.find_spec, ("triton", "flash_attn"))
-        yield (OK if kernels and triton else NOTE), (
-            f"显卡 {index}：{gpu.name}，{gpu.total_memory / 2**30:.0f} GB，计算能力 {gpu.major}.{gpu.minor}，"
-            f"fp16 可用，bf16 {'可用' if ampere else '不可用（自动改用 fp16）'}；注意力核 "
-            f"{'、'.join(kernels) or '没有快的（换一张卡）'}，flash_attn 包{'已装' if flash_attn else '没装（不装也行）'}；"
-            f"torch.compile {'可用' if triton else '用不了：pip install triton，或训练时加 --no-compile'}")
-    if count > 1:
-        yield NOTE, (f"看到 {count} 张显卡，直接运行只用第一张；都用上："
-                     f"torchrun --standalone --nproc_per_node={count} a100_train.py")
-    if not count:
-        compiler = "可用" if shutil.which("g++") or shutil.which("clang++") else "用不了（没有 g++）"
-        yield (BAD if preset == "full" else OK), (
-            f"没有 CUDA 显卡；CPU {os.cpu_count()} 核，用 fp32，torch.compile {compiler}；"
-            f"完整训练要租显卡，CPU 上只跑 --preset demo")
-
-
-def examine_versions(path):
-    """驱动、CUDA，和已装的版本与 path（requirements.txt）里的范围：合格的并成一行，其余一个一行。"""
-    try:
-        smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                             check=True, capture_output=True, text=True, timeout=20)
-        driver = smi.stdout.partition("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        driver = ""
-    good = [f"驱动 {driver or '无'}", f"CUDA {torch.version.cuda or '无'}", f"python {sys.version.split()[0]}"]
-    if driver and not torch.cuda.is_available():
-        yield BAD, f"{good[0]}，{good[1]}：有驱动，torch 却用不了显卡；升级驱动，或从 pytorch.org 装合适的 torch"
-    try:
-        lines = path.read_text("utf-8").splitlines()
-        requirements = [Requirement(line.partition("#")[0]) for line in lines if re.match(r"\w", line)]
-    except (OSError, ValueError):
-        requirements = []
-        yield NOTE, f"旁边没有 {path.name}，或读不懂，没法核对版本；从项目里重新拷一份"
-    for wanted in requirements:
-        if wanted.marker and not wanted.marker.evaluate():
-            continue
-        try:
-            found = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            found = ""
-        if found and wanted.specifier.contains(found, prereleases=True):
-            good.append(f"{wanted.name} {found}")
-            continue
-        newer = found and any(s.operator == "<" and not s.contains(found, True) for s in wanted.specifier)
-        yield (BAD if wanted.name in REQUIRED and not newer else NOTE), (
-            f"{wanted.name} {found or '没有装'}，要 {wanted.specifier}{'（更新的没试过）' if newer else ''}："
-            f"pip install '{wanted.name}{wanted.specifier}'")
-    yield OK, f"版本：{'，'.join(good)}"
-
-
-def existing(folder):
-    """folder 可以还不存在：返回它最近的已有的上级。"""
-    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
-
-
-def examine_disk(folder, needs):
-    """folder 所在的盘够不够、能不能写。needs 是 {名目: 字节}。"""
-    place = existing(folder)
-    if folder.exists() and not folder.is_dir():
-        yield BAD, f"{folder} 是文件，不是文件夹；换一个 --work_dir"
-        return
-    free, total, start = shutil.disk_usage(place).free, sum(needs.values()), time.perf_counter()
-    items = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in needs.items())
-    text = f"{folder} 剩 {free / 2**30:.1f} GB，要写 {items} = {total / 2**30:.2f} GB"
-    if free < total:
-        yield BAD, f"{text}；不够：清出空间，或换一块盘（--work_dir）"
-        return
-    try:
-        with tempfile.TemporaryFile(dir=place, prefix=".doctor-") as file:     # 关上就没了
-            file.write(bytes(16 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-        yield OK, f"{text}；写盘每秒 {16 / (time.perf_counter() - start):.0f} MB"
-    except OSError as error:
-        yield BAD, f"{place} 写不进去（{error.strerror}）；检查权限和配额，或换一个 --work_dir"
-
-
-def examine_host(work_dir, memory_gb):
-    """内存、中文字体；AutoDL 和 Kaggle 各一句要紧的话。"""
-    available, cgroup = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
-    if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():     # 容器的上限比机器的小
-        available = min(available, int(limit))
-    enough = available > memory_gb * 2**30
-    yield (OK if enough else NOTE), (f"内存可用 {available / 2**30:.1f} GB，大约要 {memory_gb} GB"
-                                     f"{'' if enough else '；关掉别的程序，或换内存大的机器'}")
-    font = next((font.name for font in font_manager.fontManager.ttflist if font.name in FONTS), None)
-    yield (OK if font else NOTE), f"中文字体 {font or '没有，曲线图用英文；要中文：apt-get install fonts-wqy-microhei'}"
-    if AUTODL.is_dir():
-        yield (OK if work_dir.resolve().is_relative_to(AUTODL) else NOTE), (
-            f"AutoDL：系统盘只有 30 GB，--work_dir 放在 {AUTODL}（下载的数据也在里面）；"
-            f"source /etc/network_turbo 和 HF_ENDPOINT 镜像只用一个")
-    if KAGGLE.is_dir():
-        yield NOTE, "Kaggle：一次最多 12 小时，训练加 --max_hours 11 提前存盘；T4 用 fp16；只有 /kaggle/working 会留下"
-
-
-def download(url, seconds, result):
-    """从 url 读最多 4 MB 或 seconds 秒，往 result 里放 (级别, 说明)。不带任何 token。"""
-    start, size = time.perf_counter(), 0
-    try:
-        with urllib.request.urlopen(url, timeout=seconds) as response:
-            wait = time.perf_counter() - start
-            while (size < 4 << 20 and time.perf_counter() - start < seconds
-                   and (chunk := response.read1(1 << 16))):
-                size += len(chunk)
-        speed = size / (time.perf_counter() - start) / 1e6
-        result.append((NOTE if size >= 1 << 16 and speed < 0.5 else OK,
-                       f"{wait * 1000:.0f} 毫秒连上，每秒 {speed:.2f} MB（wiki 数据集 521 MB）"))
-    except urllib.error.HTTPError as error:         # 有应答，只是不给这个文件
-        blocked = error.code in (407, 429) or error.code >= 500
-        result.append((NOTE if blocked else OK, f"有应答，但返回 HTTP {error.code}，没有测速"))
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        result.append((NOTE, f"连不上（{type(getattr(error, 'reason', error)).__name__}）"))
-
-
-def reach(url, seconds):
-    """download() 加一个总时限：解析域名会卡住，urllib 的 timeout 管不到。返回 (级别, 说明)。"""
-    result = []
-    thread = threading.Thread(target=download, args=(url, seconds, result), daemon=True)
-    thread.start()
-    thread.join(seconds + 1)
-    return result[0] if result else (NOTE, f"{seconds:g} 秒没有应答")
-
-
-def examine_network(seconds):
-    """Hub、镜像、ModelScope 各一行；正在用的是 HF_ENDPOINT 指的那个。"""
-    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    for base in dict.fromkeys((HUB, MIRROR, endpoint, MODELSCOPE)):
-        owner, branch = ("AI-ModelScope", "master") if base == MODELSCOPE else ("pleisto", "main")
-        level, text = reach(f"{base}/datasets/{owner}/{WIKI}/resolve/{branch}/{WIKI}.json", seconds)
-        if level != OK:
-            text += (f"；正在用的是它，换一路：export HF_ENDPOINT={MIRROR if endpoint == HUB else HUB}，或从 "
-                     f"ModelScope 下载后 prepare_corpus.py --corpus wiki=文件" if base == endpoint else
-                     "；别的一路能用就不要紧")
-        yield level, f"网络 {re.sub(r'.*//|.*@|/.*', '', base)}：{text}"       # 只印主机名：网址里可能有密码
-    if endpoint != HUB and os.environ.get("HF_HUB_DISABLE_XET", "").upper() not in ("1", "TRUE", "YES", "ON"):
-        yield NOTE, "设了 HF_ENDPOINT，但 Xet 下载会绕开它；再设一个：export HF_HUB_DISABLE_XET=1"
-
-
-# ==== 2. 真的训练两秒 ====
-
 def new_model(vocab_size, n_layer, n_embd, n_head, block_size, **_):
-    """与 a100_train.py 的 build_model 同样的 GPT-2（不用 torch.compile，所以注意力直接用 sdpa）。"""
+    """与 a100_train.py 同样的 GPT-2。"""
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=block_size,
-        bos_token_id=2, eos_token_id=3, activation_function="gelu_pytorch_tanh", use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa"))
+        bos_token_id=2, eos_token_id=3, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
 def micro_step(model, tokens, dtype):
-    """一个微批量的前向和反向，与训练时一样只留损失；tokens 形状 (B, T+1)。返回 (秒, 损失)。"""
+    """一个微批量的前向和反向；tokens 形状 (B, T+1)。返回（秒，损失）。"""
     start = time.perf_counter()
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = model.lm_head(model.transformer(tokens[:, :-1]).last_hidden_state)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-    del logits
+        hidden = model.transformer(tokens[:, :-1], use_cache=False).last_hidden_state
+        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), tokens[:, 1:].flatten())
     loss.backward()
     loss = loss.item()                       # .item() 等 GPU 算完
     return time.perf_counter() - start, loss
 
 
 def measure(model, values, device, dtype, seconds):
-    """训练约 seconds 秒，数据是随机的。返回 (微批量, 一个微批量的秒数, 更新一次参数的秒数, 开头的损失)。
-
-    显存放不下就把微批量减半；CPU 上整个微批量要等一分钟以上就用 1。
-    """
+    """用随机数据训练，放不下就把微批量减半。返回（微批量，一个微批量的秒数，更新参数的秒数，开头的损失）。"""
     batch_size, times = values["batch_size"], []
     tokens = torch.randint(4, values["vocab_size"], (batch_size, values["block_size"] + 1), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    first, loss = micro_step(model, tokens[:1], dtype)
+    _, loss = micro_step(model, tokens[:1], dtype)
     optimizer.step()                         # 头一次要分配优化器状态，不计时
-    if first < 2:                            # 第一步含初始化，不准；只要不慢就再量一次
-        first = min(first, micro_step(model, tokens[:1], dtype)[0])
-    if device == "cpu" and first * batch_size > 60:
-        batch_size = 1
     while sum(times) < seconds:
         try:
             times.append(micro_step(model, tokens[:batch_size], dtype)[0])
@@ -335,104 +208,92 @@ def measure(model, values, device, dtype, seconds):
     return batch_size, sorted(times)[len(times) // 2], time.perf_counter() - start, loss
 
 
-def examine_speed(preset, seconds, price_per_hour):
-    """真训练几步：速度、MFU、显存；换算成全程的小时数和钱（price_per_hour 元/小时）。"""
+def examine_speed(preset, price_per_hour, seconds=2):
+    """真训练几步，换算成全程的小时数和钱（price_per_hour 元/小时）。"""
     values, device = PRESETS[preset], "cuda" if torch.cuda.is_available() else "cpu"
+    if preset == "full" and device == "cpu":
+        values = values | {"batch_size": 1}      # 完整模型的一个微批量在 CPU 上要几分钟
     ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     dtype = torch.bfloat16 if ampere else torch.float16 if device == "cuda" else None
     try:
         model = new_model(**values).to(device)
         batch_size, micro, update, loss = measure(model, values, device, dtype, seconds)
     except RuntimeError as error:                # 显存不够，或 torch 不认这张卡
-        yield BAD, f"试跑失败（{str(error).strip().splitlines()[0][:80]}）；关掉占显存的程序，重装 torch，或换一张卡"
+        yield BAD, f"试跑失败（{str(error).strip().splitlines()[0][:80]}）；关掉占显存的程序，或换一张卡"
         return
-    status = Path("/proc/self/status")           # Linux 上进程内存的最高值，kB
-    high = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
-    memory = torch.cuda.max_memory_reserved() if device == "cuda" else int(high[1] if high else 0) * 1024
     tokens = values["effective_batch_size"] * values["block_size"]
     speed = tokens / (micro * values["effective_batch_size"] / batch_size + update)
     (peak, source), parameters = peak_flops(device), model.num_parameters()
     flops = flops_per_token(parameters, values["n_layer"], values["n_embd"], values["block_size"])
-    guess = math.log(values["vocab_size"])
-    good = abs(loss - guess) < 1                 # 没训练过的模型等于瞎猜；NaN 也不算 good
+    guess = math.log(values["vocab_size"])       # 没训练过的模型等于瞎猜
+    good = abs(loss - guess) < 1                 # NaN 也不算 good
     yield (OK if good else BAD), (
         f"试跑 {parameters:,} 参数，微批量 {batch_size}，{str(dtype or torch.float32)[6:]}：每秒 {speed:,.0f} token，"
         f"MFU {speed * flops / peak:.0%}（峰值 {peak / 1e12:.2f} TFLOP/s，{source}），"
-        f"{'显存' if device == 'cuda' else '内存'}最高 {memory / 2**30:.1f} GB，开头损失 {loss:.2f}（瞎猜是 {guess:.2f}）"
-        f"{'' if good else '，差得太多：硬件或 torch 有问题，先别训练'}")
+        f"开头损失 {loss:.2f}（瞎猜是 {guess:.2f}）{'' if good else '，差得太多：硬件或 torch 有问题，先别训练'}")
     hours = values["steps"] * tokens / speed / 3600
+    cost = f"，每小时 {price_per_hour:g} 元共 {hours * price_per_hour:.2f} 元" if price_per_hour else ""
     yield (OK if hours < 48 else NOTE), (
-        f"全程{'按公开参考的' if preset == 'full' else '至多'} {values['steps']:,} 步 × {tokens:,} token，约 "
-        + (f"{hours:.1f} 小时" if hours > 1.5 else f"{hours * 60:.0f} 分钟")
-        + (f"，每小时 {price_per_hour:g} 元共 {hours * price_per_hour:.2f} 元" if price_per_hour else "")
-        + "（一张卡，AdamW，没开 torch.compile，不含下载、打包、验证）"
-        + ("" if hours < 48 else "；太久：换快的显卡，先跑 --preset demo"))
+        f"全程 {values['steps']:,} 步 × {tokens:,} token，约 {hours:.1f} 小时（{hours * 60:.0f} 分钟）{cost}"
+        f"（一张卡，AdamW，没开 torch.compile，不含下载、打包、验证）")
 
 
-def memory_needed(batch_size, eight_bit):
-    """bf16/fp16 混合精度训练完整模型要的显存，字节；batch_size 是微批量 B。按公式算，未测（SDPA，不用 compile）：
+# ==== 3. 显存花在哪里：按公式算，未测（SDPA，不用 torch.compile）====
 
-    N × (权重 4 + 梯度 4 + 半精度副本 2) + 优化器 + B·T × (36·L·d + 12·V) + 1 GB（CUDA 上下文、碎片）
-    优化器：32 位 AdamW 每参数 8 字节；8 位每参数 2 字节，但词向量和位置向量仍是 8。
-    默认的 Muon：矩阵每参数 4 字节（动量），词向量和位置向量 8，在两者之间。
-    36·d 是每层每 token 存下的激活：两处残差（fp32）8d，半精度的两次归一化 4d、qkv 6d、注意力输出 2d、MLP 中间 16d；
-    12·V 是反向到 logits 时的三份 fp32：log_softmax、它的梯度和上游的梯度。
-    """
-    embeddings, blocks = (32_000 + 1024) * 768, 8 * (12 * 768**2 + 13 * 768) + 2 * 768      # 共 82,066,944
-    optimizer = 8 * embeddings + (2 if eight_bit else 8) * blocks
-    return (10 * (embeddings + blocks) + optimizer
-            + batch_size * 1024 * (36 * 8 * 768 + 12 * 32_000) + 2**30)
+def memory_needed(batch_size, optimizer="muon", precision="bf16", vocab_size=32_000, n_layer=8, n_embd=768,
+                  block_size=1024):
+    """训练要的显存，逐项的字节数；batch_size 是微批量，下面的 d 是 n_embd。"""
+    embeddings, matrices = (vocab_size + block_size) * n_embd, 12 * n_layer * n_embd**2
+    parameters = embeddings + matrices + (13 * n_layer + 2) * n_embd         # 默认共 82,066,944
+    # AdamW 每参数记两个 fp32；8 位的每个 1 字节，但词向量和位置向量仍是 fp32；Muon 对矩阵只记一个 fp32 动量
+    states = {"adamw_torch_fused": 8 * parameters, "muon": 8 * parameters - 4 * matrices,
+              "adamw_bnb_8bit": 8 * embeddings + 2 * (parameters - embeddings)}
+    half = precision != "fp32"
+    # 每层每 token 给反向存下 36·d 字节：两处残差（fp32）8d；半精度的归一化 4d、qkv 6d、注意力 2d、MLP 16d（fp32 都翻倍）
+    return {"weights": (6 if half else 4) * parameters,      # fp32，和 autocast 的半精度副本
+            "gradients": 4 * parameters, "optimizer": states[optimizer],
+            "activations": batch_size * block_size * n_layer * n_embd * (36 if half else 64),
+            "logits": batch_size * block_size * 12 * vocab_size,     # 三份 fp32：log_softmax、它的梯度、上游的梯度
+            "context": 2**30}       # CUDA 上下文、碎片
 
 
 def print_memory_table():
     """每种显存放得下的最大微批量：有效批量 96 的约数里最大的。"""
-    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测；默认的 Muon 在两者之间\n"
-          "显存     8 位 AdamW       32 位 AdamW")
+    print("完整模型（82.1 M 参数，上下文 1,024，bf16 或 fp16）放得下的最大微批量；按公式算，未测\n"
+          "显存     8 位 AdamW       Muon（默认）     32 位 AdamW")
     for size in (8, 16, 24, 40, 80):
         row = f"{size:>2} GB"
-        for eight_bit in (True, False):
-            fits = max(b for b in range(1, 97) if 96 % b == 0 and memory_needed(b, eight_bit) < size * 2**30)
-            row += f"{fits:>6}（{memory_needed(fits, eight_bit) / 2**30:.1f} GB）"
+        for optimizer in ("adamw_bnb_8bit", "muon", "adamw_torch_fused"):
+            need = {b: sum(memory_needed(b, optimizer).values()) / 2**30 for b in range(1, 97) if 96 % b == 0}
+            fits = max(b for b in need if need[b] < size)
+            row += f"{fits:>6}（{need[fits]:.1f} GB）"
         print(row)
 
 
-# ==== 3. 主程序 ====
-
-def examine(preset, work_dir, seconds, offline, price_per_hour):
-    """依次做每一项检查，给出 (级别, 说明)。"""
-    values = PRESETS[preset]
-    with torch.device("meta"):           # 只数参数，不占内存
-        parameters = new_model(**values).num_parameters()
-    yield from examine_devices(preset)
-    yield from examine_versions(Path(__file__).with_name("requirements.txt"))
-    # 偏大的估计：每字 UTF-8 占 3 字节，下载的原始文件至多这么多；语料压缩成约六成，做的时候有两份；打包每字至多 4 字节
-    # （2 字节的 token，打乱时有两份）；检查点每参数 12 字节（fp32 权重 4 + 优化器 8），最多同时三个；最终模型每参数 4 字节
-    needs = {"下载": 3 * values["characters"]} if preset == "full" else {}
-    needs |= {"语料": 4 * values["characters"], "打包": 4 * values["characters"],
-              "检查点": 36 * parameters, "最终模型": 4 * parameters}
-    yield from examine_disk(work_dir, needs)
-    yield from examine_host(work_dir, values["memory_gb"])
-    yield from [] if offline else examine_network(seconds=4)
-    yield from examine_speed(preset, seconds, price_per_hour)
-
+# ==== 4. 主程序 ====
 
 def main():
-    parser = ArgumentParser(description="训练前的体检", allow_abbrev=False)
-    default_dir = AUTODL / "gpt2-chinese" if AUTODL.is_dir() else Path("gpt2-chinese")
+    parser = argparse.ArgumentParser(description="训练前的体检", allow_abbrev=False)
+    folder = Path("/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="full 完整训练，demo 演示")
-    parser.add_argument("--work_dir", type=Path, default=default_dir, help="准备放训练输出的文件夹")
-    parser.add_argument("--seconds", type=number(float, 0.01, 600), default=2.0, help="试跑多少秒")
-    parser.add_argument("--price_per_hour", type=number(float, 0), help="显卡每小时多少元，用来估算花费")
+    parser.add_argument("--work_dir", type=Path, default=folder, help="准备放训练输出的文件夹")
+    parser.add_argument("--price_per_hour", type=float, default=0.0, help="显卡每小时多少元，用来估算花费")
     parser.add_argument("--offline", action="store_true", help="不查网络")
     parser.add_argument("--memory_table", action="store_true", help="只打印：各种显存放得下的微批量")
     args = parser.parse_args()
+    if not 0 <= args.price_per_hour < math.inf:
+        sys.exit(f"错误：--price_per_hour 要不小于 0，得到 {args.price_per_hour}")
     if args.memory_table:
         return print_memory_table()
-    levels = []
-    for level, text in examine(args.preset, args.work_dir, args.seconds, args.offline, args.price_per_hour):
+    values, levels = PRESETS[args.preset], []
+    for level, text in chain(
+            examine_devices(args.preset), examine_versions(Path(__file__).with_name("requirements.txt")),
+            examine_disk(args.work_dir, values["disk_gb"]), examine_host(values["memory_gb"]),
+            () if args.offline else examine_network(), examine_speed(args.preset, args.price_per_hour)):
         print(f"{level}  {text}")
         levels.append(level)
-    return int(BAD in levels)
+    if BAD in levels:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

