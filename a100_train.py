@@ -2,12 +2,12 @@
 """第 3 步：从零训练一个中文 GPT-2（82.1 M 参数：8 层 × 768 维，12 个头，词表 32,000，上下文 1,024）。
 
 输入：<work_dir>/corpus/ 和 tokenizer/；缺哪个，就先运行旁边的 prepare_corpus.py、train_tokenizer.py。
-输出：<work_dir>/final_model/、loss_curve.png、generation_samples.md；中间结果 packed/、checkpoints/、*.json(l)。
+输出：<work_dir>/final_model/、loss_curve.png、generation_samples.md，和 packed/、checkpoints/、日志。
 
     python a100_train.py --preset demo           # 演示：没有显卡也能跑，不用联网，几分钟
-    python a100_train.py                         # 完整训练：维基 + 知乎，一张 A100；加 --prepare_only 只准备数据
+    python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
     torchrun --nproc_per_node=2 a100_train.py    # 两张卡
-中断了，同一条命令再跑一次就从最新的检查点接着来，结果与没有中断一样。第 8 节只管防错，初学可以不看。
+中断了，同一条命令再跑一次就从最新的检查点接着来，结果不变。第 8 节只管防错，初学可以不看。
 """
 
 import argparse
@@ -41,24 +41,22 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 START = time.time()
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
-SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, bos_token_id=BOS, eos_token_id=EOS,
-                pad_token_id=PAD)
+SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, eos_token_id=EOS, pad_token_id=PAD)
 
 
 # ==== 1. 设置 ====
 
-HOME = Path("/root/autodl-tmp" if Path("/root/autodl-tmp").is_dir() else "") / "gpt2-chinese"
 SWITCH = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上，不写是自动
-# 每行：名字、类型（或可选的值）、说明、full（完整训练）的默认值、demo（演示）的默认值（不写就相同）
+# 每行：名字、类型、说明、full（完整训练）的默认值、demo（演示）的默认值（不写就相同）
 SETTINGS = [
-    ("work_dir", Path, "一切输出所在的文件夹", HOME),
+    ("work_dir", Path, "一切输出所在的文件夹", Path("/root/autodl-tmp" * os.path.isdir("/root/autodl-tmp"), "gpt2-chinese")),
     ("corpus", list, "来源：wiki zhihu demo 或 [名字=]路径，可以几个", ["wiki", "zhihu"], ["demo"]),
     ("vocab_size", int, "词表 V：一共有多少种 token", 32_000, 4_500),
     ("n_layer", int, "层数 L", 8, 2),
     ("n_embd", int, "每个位置的向量有几维，C", 768, 128),
     ("n_head", int, "注意力的头数", 12, 4),
     ("block_size", int, "上下文 T：一块有多少 token，模型最多看这么远", 1024, 64),
-    ("batch_size", lambda text: text if text == "auto" else int(text), "微批量：一次算多少块，或 auto", 48, 32),
+    ("batch_size", str, "微批量：一次算多少块，或 auto", 48, 32),
     ("effective_batch_size", int, "有效批量：更新一次参数看多少块", 96, 32),
     ("epochs", float, "把语料读几遍", 2.0, 1.0),
     ("max_steps", int, "更新几次参数；大于 0 时代替 epochs", 0, 1350),
@@ -66,25 +64,25 @@ SETTINGS = [
     ("learning_rate", float, "最高学习率；Muon 时只管矩阵以外的", None),
     ("muon_learning_rate", float, "Muon 时矩阵的最高学习率", 0.02),
     ("seed", int, "随机种子", 42),
-    ("device", ["auto", "cuda", "cpu", "mps"], "设备（mps 是苹果的显卡，未测）", "auto"),
-    ("precision", ["auto", "bf16", "fp16", "fp32"], "矩阵乘用多少位的数", "auto"),
-    ("attn", ["auto", "flash_attention_2", "sdpa", "eager"], "注意力的实现", "auto"),
-    ("optim", ["auto", "muon", "adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit"], "优化器", "auto"),
+    ("device", str, "cuda、cpu 或 mps（苹果的显卡，未测）", "auto"),
+    ("precision", str, "矩阵乘用的数：bf16、fp16、fp32", "auto"),
+    ("attn", str, "注意力：flash_attention_2、sdpa、eager", "auto"),
+    ("optim", str, "优化器：muon、adamw_torch_fused、adamw_torch、adamw_bnb_8bit", "auto"),
     ("compile", SWITCH, "torch.compile：把相邻的小运算融合成一个核", None),
     ("tf32", SWITCH, "fp32 的矩阵乘截成 19 位；bf16 训练时几乎用不上", None),
     ("liger", SWITCH, "融合的交叉熵：不存 logits，省显存", False),
     ("gradient_checkpointing", SWITCH, "不存激活，反向时重算：省显存，多算三分之一", False),
     ("logging_steps", int, "每多少步一行日志", 10),
     ("eval_steps", int, "每多少步验证、续写、存检查点", 500, 225),
-    ("report_to", ["none", "tensorboard", "swanlab", "trackio", "wandb"], "同时记到哪里", "none"),
+    ("snapshots", SWITCH, "训练途中留几份小的模型（snapshots/），供网页比较", True),
+    ("report_to", str, "同时记到：tensorboard、swanlab、trackio、wandb", "none"),
     ("prepare_only", bool, "准备好数据就停，不要显卡", False),
     ("fresh", bool, "丢掉检查点和日志，从头训练", False),
 ]
 LEARNING_RATES = {"full": (4e-3, 3e-4), "demo": (1.6e-2, 3e-3)}  # learning_rate 的默认值：(Muon 时, 只用 AdamW)
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
-# 改了这些就是另一个模型，不能接着旧的检查点训练
 RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps", "optim",
-          "learning_rate", "muon_learning_rate", "seed"]
+          "learning_rate", "muon_learning_rate", "seed"]  # 改了这些就是另一个模型，不能接着旧的检查点训练
 
 
 def read_settings():
@@ -93,18 +91,19 @@ def read_settings():
     parser.add_argument("--preset", choices=["full", "demo"], default="full", help="完整训练（默认）或演示")
     kinds = {SWITCH: {"action": SWITCH}, bool: {"action": "store_true"}, list: {"nargs": "+", "action": "extend"}}
     for name, kind, text, *defaults in SETTINGS:
-        how = {"choices": kind} if isinstance(kind, list) else kinds.get(kind, {"type": kind})
-        parser.add_argument(f"--{name}", help=f"{text}（默认 {defaults}）", default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{name}", help=f"{text}（默认 {'；演示 '.join(map(str, defaults))}）", default=argparse.SUPPRESS,
+                            **kinds.get(kind, {"type": kind}))
     given = vars(parser.parse_args())
     column = 3 if given["preset"] == "full" else -1
     s = argparse.Namespace(**{row[0]: row[column] for row in SETTINGS} | given, given=sorted(given))
-    s.batch_size = max(1, s.effective_batch_size // WORLD_SIZE) if s.batch_size == "auto" else s.batch_size
+    whole = s.effective_batch_size // WORLD_SIZE
+    s.batch_size = whole if s.batch_size == "auto" else int(s.batch_size) if str(s.batch_size).isdecimal() else 0
     for name, value in vars(s).items():
-        if type(value) in (int, float) and not (0 if name in ("max_steps", "seed") else 1e-9) <= value < 2**32:
+        if type(value) in (int, float) and not (name not in ("max_steps", "seed")) * 1e-9 <= value < 2**32:
             fail(f"--{name} 是 {value}；要一个大于 0 的数")
-    for whole, part, n in (("n_embd", "n_head", 1), ("effective_batch_size", "batch_size", WORLD_SIZE)):
-        if vars(s)[whole] % (vars(s)[part] * n):
-            fail(f"--{whole} {vars(s)[whole]} 不是 --{part} {vars(s)[part]} × {n} 个进程的整数倍；改其中一个")
+    if s.n_embd % s.n_head or s.effective_batch_size % (s.batch_size * WORLD_SIZE):
+        fail(f"--n_embd {s.n_embd} 要是 --n_head {s.n_head} 的整数倍，--effective_batch_size {s.effective_batch_size} 要是 "
+             f"--batch_size {s.batch_size} × {WORLD_SIZE} 个进程的整数倍")
     return s
 
 
@@ -113,29 +112,29 @@ def choose_speed(s):
     # A100（计算能力 8.0）与 T4（7.5）的区别全在这里：8.0 起有 bf16、TF32、FlashAttention，T4 没有，用 fp16。
     # fp32 一个数 4 字节。bf16 2 字节，范围一样大、位数少，快得多而损失几乎不变。fp16 也是 2 字节，大于 65,504 就溢出，
     # 要 GradScaler 放大损失、跳过溢出的一步。FlashAttention 分块算注意力，不存 T × T 的矩阵；torch 的 SDPA 里也是它
+    def has(package):
+        return importlib.util.find_spec(package) is not None
     cuda = torch.cuda.is_available() and s.device in ("auto", "cuda")
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-    ampere, compiler = capability >= (8, 0), installed("triton") if cuda else bool(shutil.which("g++"))
+    ampere, compiler = capability >= (8, 0), has("triton") if cuda else bool(shutil.which("g++"))
     trusted = not torch.__version__.startswith("2.10.")  # 2.10 的 compile 在 A100 上出过 NaN，默认不开
-    flash = installed("flash_attn")
     possible = {  # 每个设置在这里办得到的值，最好的在前
         "device": ["cuda"] * cuda + ["cpu"] + ["mps"] * torch.backends.mps.is_available(),
         "precision": ["bf16"] * ampere + ["fp16"] * cuda + ["fp32"],
-        "attn": ["flash_attention_2"] * (flash and ampere and s.precision != "fp32") + ["sdpa", "eager"],
-        "optim": ["muon", "adamw_torch_fused", "adamw_torch"] + ["adamw_bnb_8bit"] * installed("bitsandbytes"),
+        "attn": ["flash_attention_2"] * (ampere and has("flash_attn") and s.precision != "fp32") + ["sdpa", "eager"],
+        "optim": ["muon", "adamw_torch_fused", "adamw_torch"] + ["adamw_bnb_8bit"] * has("bitsandbytes"),
         "compile": [True] * (ampere and compiler and trusted) + [False] + [True] * compiler,
-        "tf32": [True] * ampere + [False], "liger": [False] + [True] * (cuda and installed("liger_kernel")),
-        "report_to": ["none"] + [s.report_to] * installed(s.report_to)}
+        "tf32": [True] * ampere + [False], "liger": [False] + [True] * (cuda and has("liger_kernel")),
+        "report_to": ["none"] + [name for name in ("tensorboard", "swanlab", "trackio", "wandb") if has(name)]}
     for name, values in possible.items():
-        asked = vars(s)[name]
-        vars(s)[name] = values[0] if asked in ("auto", None) else asked
+        vars(s)[name] = values[0] if vars(s)[name] in ("auto", None) else vars(s)[name]
         if vars(s)[name] not in values:
-            fail(f"--{name} {asked} 在这里办不到（缺显卡、软件包或编译器），可以是 {values}")
-    s.learning_rate = s.learning_rate or LEARNING_RATES[s.preset][0 if s.optim == "muon" else 1]
+            fail(f"--{name} {vars(s)[name]} 在这里办不到（缺显卡、软件包或编译器），可以是 {values}")
+    s.learning_rate = s.learning_rate or LEARNING_RATES[s.preset][s.optim != "muon"]
     if cuda:
-        print(f"计算能力 {capability}，torch {torch.__version__}，flash-attn 包{'有' if flash else '没有（不要紧，SDPA 是同样的算法）'}")
+        print(f"计算能力 {capability}，torch {torch.__version__}，flash-attn 包{'有' if has('flash_attn') else '没有（不要紧）'}")
     elif s.device == "cpu" and s.preset == "full" and not {"max_steps", "device", "prepare_only"} & set(s.given):
-        fail("没有 CUDA 显卡，CPU 上完整训练要几个月。先看演示：--preset demo；只准备数据：--prepare_only；一定要用 CPU：--device cpu")
+        fail("没有 CUDA 显卡，CPU 上要几个月。先看演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu")
 
 
 def derive(s):
@@ -149,17 +148,19 @@ def derive(s):
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
     per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 怎么来的见第 3 节
     s.parameters = (s.vocab_size + s.block_size) * s.n_embd + s.n_layer * per_layer + 2 * s.n_embd
-    # 训练一个 token 的浮点运算（PaLM 论文附录 B）：每个参数前向 2 次、反向 4 次，另加注意力里位置的两两相乘
+    # 一个 token 的浮点运算（PaLM 论文附录 B）：每个参数前向 2 次、反向 4 次，另加注意力里位置的两两相乘
     s.flops_per_token = 6 * (s.parameters - s.block_size * s.n_embd) + 12 * s.n_layer * s.n_embd * s.block_size
+    need = s.parameters * (3 * 12 + 4 + 2 * 12 * s.snapshots)  # 检查点（fp32 权重和优化器）× 3，最终模型，bf16 快照 × 12
+    if shutil.disk_usage(s.work_dir).free < need:
+        fail(f"{s.work_dir} 的磁盘不够：训练要 {need / 2**30:.1f} GB；清出空间，或换 --work_dir，或加 --no-snapshots")
     s.device_name = torch.cuda.get_device_name() if s.device == "cuda" else s.device
-    print(f"{s.device_name}，{s.precision}，注意力 {s.attn}，优化器 {s.optim}，compile {s.compile}，TF32 {s.tf32}\n"
-          f"{s.parameters:,} 参数，词表 {s.vocab_size:,}；{s.train_tokens:,} 个训练 token = {s.n_blocks:,} 块\n"
-          f"每步 {s.effective_batch_size} 块 = {s.tokens_per_step:,} token，共 {s.total_steps:,} 步，一遍 {s.steps_per_epoch:,.0f} 步")
+    print(f"{s.device_name}，{s.precision}，{s.attn}，{s.optim}，compile {s.compile}，{s.parameters:,} 参数，"
+          f"{s.train_tokens:,} 个训练 token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步，读 {s.total_steps / s.steps_per_epoch:.2f} 遍")
 
 
 # ==== 2. 数据：文字 → token → 块 ====
 
-# token 是模型读写的单位：分词器（第 2 步）把文字切成词块，每块一个编号。全部文档的 token 首尾相接排成一长条，
+# token 是模型读写的单位：分词器（第 2 步）把文字切成词块，每块一个编号。全部文档的 token 首尾相接，
 # 再切成每 block_size 个一块，一块是一个训练样本：没有填充，一个 token 也不浪费。
 
 def prepare(s, checkpoint):
@@ -175,12 +176,11 @@ def prepare(s, checkpoint):
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in RECIPE if checkpoint else []:
         if old.get(name) != vars(s)[name]:
-            fail(f"{s.work_dir} 里的训练用的 {name} 是 {old.get(name)}，这次是 {vars(s)[name]}：用原来的接着训练，"
-                 f"或换一个 --work_dir，或加 --fresh 从头开始")
+            fail(f"已有的训练用的 {name} 是 {old.get(name)}，这次是 {vars(s)[name]}：改回去，或换 --work_dir，或加 --fresh 从头来")
 
 
 def read_corpus(s, split):
-    """逐批给出 (文本的列表, 来源的列表)；split 是 train 或 eval。"""
+    """逐批给出 (文本的列表, 来源的列表)。"""
     for path in sorted((s.work_dir / "corpus").glob(f"{split}-*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(2000, columns=["text", "source"]):
             yield batch["text"].to_pylist(), batch["source"].to_pylist()
@@ -205,22 +205,24 @@ def pack(s):
     packed.mkdir(exist_ok=True)
     (packed / "meta.json").unlink(missing_ok=True)  # 最后才写它：没有它，别的文件不算数
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
-    with open(packed / "train.bin", "wb") as train, open(packed / "eval.bin", "wb") as held_out:
+    with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
             tokens = encode(sp, texts)
-            tokens.tofile(train)
+            tokens.tofile(file)
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
-        pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
+    pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
+    with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
             tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            tokens.tofile(held_out)
+            tokens.tofile(file)
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
-    write_json(packed / "meta.json", {
+    meta = {
         "key": s.key, "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
         "unigram_entropy": float(-(share * np.log(share)).sum()),  # 只猜词频能到的损失，nat
-        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}})
+        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}}
+    (packed / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
 class BlockStream(torch.utils.data.Dataset):
@@ -313,9 +315,8 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"] if group["split"] else []:
-                if p.grad is not None:
-                    self.matrix_step(p, group)
-                    p.grad = None  # 没有梯度的，AdamW 不动
+                self.matrix_step(p, group)
+                p.grad = None  # 没有梯度的，AdamW 不动
         super().step(closure)
 
     def matrix_step(self, p, group):
@@ -332,14 +333,13 @@ class Muon(torch.optim.AdamW):
 
 
 def parameter_groups(model, learning_rate, muon_learning_rate):
-    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn，分三份；其余的矩阵。前两组由 AdamW 更新。"""
-    groups = [dict(params=[], lr=learning_rate, weight_decay=WEIGHT_DECAY, split=0),
-              dict(params=[], lr=learning_rate, weight_decay=0.0, split=0),
-              dict(params=[], lr=muon_learning_rate, weight_decay=WEIGHT_DECAY, split=3),
-              dict(params=[], lr=muon_learning_rate, weight_decay=WEIGHT_DECAY, split=1)]
+    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn；其余的矩阵。前两组 split = 0，由 AdamW 更新。"""
+    groups = {}
     for name, p in model.named_parameters():
-        groups[1 if p.ndim < 2 else 0 if ".h." not in name else 2 if "c_attn" in name else 3]["params"].append(p)
-    return groups
+        split = (3 if "c_attn" in name else 1) if p.ndim == 2 and ".h." in name else 0
+        group = dict(lr=muon_learning_rate if split else learning_rate, weight_decay=WEIGHT_DECAY * (p.ndim == 2), split=split)
+        groups.setdefault(str(group), group | {"params": []})["params"].append(p)
+    return list(groups.values())
 
 
 def learning_rate_scale(step, total_steps):
@@ -356,8 +356,7 @@ def learning_rate_scale(step, total_steps):
 @torch.no_grad()
 def held_out_loss(model, s):
     """验证集上的损失：每个来源的每一个 token（包括 </s>）恰好被预测一次。返回 {"eval_loss", "eval_bits_per_char", ……}。"""
-    # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字符数，与分词器无关：照模型的预测去压缩，
-    # 每个字要多少比特
+    # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字数，与分词器无关：照这个模型压缩，一个字占多少比特
     data, sums = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64), {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
         labels = data[source["start"]:source["end"]]
@@ -376,22 +375,32 @@ def held_out_loss(model, s):
 def write_samples(model, tokenizer, s, step, eval_loss):
     """每个开头续写一段，追加到 samples.jsonl，重写 generation_samples.md；返回第一段。"""
     # 温度 0.8 让分数高的更占优；top-p 只在累计概率前 95% 的 token 里抽。用自己的随机数，不影响训练的
-    rows, lines = [], ["# 训练途中的续写", "", "| 步 | 验证损失 | 续写（开头加粗） |", "|---:|---:|---|"]
+    rows, table = [], "# 训练途中的续写\n\n| 步 | 验证损失 | 续写（开头加粗） |\n|---:|---:|---|\n"
     with torch.random.fork_rng(devices=[model.device] if s.device == "cuda" else []):
         torch.manual_seed(s.seed)
         for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=model.device)
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
             config = transformers.GenerationConfig(max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            text = tokenizer.decode(output[0], skip_special_tokens=True)
-            rows.append({"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0]
+            rows.append({"step": step, "prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True),
+                         "eval_loss": eval_loss})
     append_jsonl(s.work_dir / "samples.jsonl", *rows)
     for row in read_jsonl(s.work_dir / "samples.jsonl"):
         rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
-        lines.append(f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |")
+        table += f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |\n"
     if RANK == 0:
-        (s.work_dir / "generation_samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (s.work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
     return rows[0]["text"]
+
+
+def save_snapshot(model, s, step, metrics):
+    """第 0、100、200、500、1,000、2,000、5,000……步和最后一步，把权重（bf16）留一份；metrics 是最近一次验证的结果。"""
+    if not s.snapshots or RANK > 0 or step not in (0, s.total_steps) and not re.fullmatch("[125]0{2,}", str(step)):
+        return
+    folder = s.work_dir / "snapshots" / f"step-{step}"
+    model.save_pretrained(folder, state_dict={name: p.bfloat16() for name, p in model.state_dict().items()})
+    note = {"step": step, "tokens": step * s.tokens_per_step, **metrics}
+    (folder / "snapshot.json").write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
 
 
 # ==== 6. 训练 ====
@@ -408,6 +417,7 @@ def write_samples(model, tokenizer, s, step, eval_loss):
 
 class GPT2Trainer(transformers.Trainer):
     """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer。"""
+    metrics = {}  # 最近一次验证的结果
 
     def create_optimizer(self, model=None):
         s = self.settings
@@ -427,6 +437,8 @@ class GPT2Trainer(transformers.Trainer):
         """验证、续写。几个进程时各自算同样的东西，只有 0 号写文件。"""
         s, step, metrics = self.settings, self.state.global_step, held_out_loss(self.model.eval(), self.settings)
         self.log(dict(metrics))
+        self.metrics = metrics
+        save_snapshot(self.model, s, step, metrics)
         sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"]).replace("\n", " ")
         print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | {sample[:60]}")
         self.clock = time.perf_counter(), step  # 验证的时间不算进训练速度
@@ -438,9 +450,9 @@ class GPT2Trainer(transformers.Trainer):
         s, step, now = self.settings, self.state.global_step, time.perf_counter()
         if "loss" in logs:
             # fp16 开头几步梯度溢出是正常的，GradScaler 会跳过那一步，所以只看损失
-            if not math.isfinite(logs["loss"] + (0 if s.precision == "fp16" else logs["grad_norm"])):
-                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：训练发散了，之前的检查点完好。把 "
-                     f"--learning_rate {s.learning_rate:g} 减半，加 --fresh 重来；fp16 可换成 bf16 或 fp32")
+            if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
+                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。把 --learning_rate "
+                     f"{s.learning_rate:g} 减半，加 --fresh 重来")
             seconds, steps, self.clock = now - self.clock[0], step - self.clock[1], (now, step)
             self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
             logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
@@ -448,18 +460,19 @@ class GPT2Trainer(transformers.Trainer):
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
                   f" | MFU {logs['mfu']:.0%} | 剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
         if "loss" in logs or "eval_loss" in logs:
-            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **logs})
+            finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
+            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
         super().log(logs, start_time)
 
 
 def build_trainer(s, checkpoint, stop):
     """模型、数据和 Trainer；checkpoint 不是 None 就是接着训练。"""
-    model, packed, trackers = build_model(s), s.work_dir / "packed", []
+    model, packed, callbacks, swanlab = build_model(s), s.work_dir / "packed", [stop], s.report_to == "swanlab"
     if s.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if s.report_to == "swanlab":  # transformers 自带的那个，在 swanlab 0.8 上会崩溃
+    if swanlab:  # transformers 自带的那个，在 swanlab 0.8 上会崩溃
         from swanlab.integration.transformers import SwanLabCallback
-        trackers = [SwanLabCallback(project="gpt2-chinese")]
+        callbacks.append(SwanLabCallback(project="gpt2-chinese"))
     arguments = transformers.TrainingArguments(
         output_dir=str(s.work_dir / "checkpoints"), max_steps=s.total_steps, seed=s.seed,
         per_device_train_batch_size=s.batch_size,
@@ -471,7 +484,7 @@ def build_trainer(s, checkpoint, stop):
         train_sampling_strategy="sequential",  # BlockStream 已经排好次序
         remove_unused_columns=False, ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,  # True 会让每个微批量都等 GPU 一次
-        logging_steps=s.logging_steps, logging_first_step=True, report_to="none" if trackers else s.report_to,
+        logging_steps=s.logging_steps, logging_first_step=True, report_to="none" if swanlab else s.report_to,
         eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
         save_strategy="steps", save_steps=s.eval_steps, save_total_limit=2, disable_tqdm=True)
     if arguments.n_gpu > 1:
@@ -479,13 +492,13 @@ def build_trainer(s, checkpoint, stop):
         arguments._n_gpu = 1  # 否则 Trainer 会悄悄用很慢的 DataParallel
     blocks = BlockStream(packed / "train.bin", s.block_size, s.total_steps * s.effective_batch_size, s.seed)
     trainer = GPT2Trainer(model, arguments, train_dataset=blocks, eval_dataset=packed / "eval.bin",
-                          data_collator=lambda batch: batch, callbacks=[stop, *trackers])  # 一批已经拼好了
+                          data_collator=lambda batch: batch, callbacks=callbacks)  # 一批已经拼好了
+    stop.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
     # 分词器不走 processing_class：那样 Trainer 会给模型设上 pad_token_id
     trainer.settings, trainer.tokenizer = s, transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
-    rows = read_jsonl(s.work_dir / "train_log.jsonl")
-    trainer.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
+    trainer.elapsed = max([row.get("elapsed_seconds", 0) for row in read_jsonl(s.work_dir / "train_log.jsonl")] + [0])
     trainer.clock = time.perf_counter(), step_of(checkpoint)
     return trainer
 
@@ -493,16 +506,20 @@ def build_trainer(s, checkpoint, stop):
 def train(s, checkpoint, stop):
     """训练到底，或被叫停；返回 trainer。显存不够就把微批量减半、累积加倍（结果不变），从最新的检查点接着来。"""
     while True:
-        rewind(s.work_dir, checkpoint)
+        if RANK == 0:
+            rewind(s.work_dir, checkpoint)
         trainer = build_trainer(s, checkpoint, stop)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             return trainer
         except torch.OutOfMemoryError:
             if s.batch_size % 2 or WORLD_SIZE > 1:  # 几个进程时只有一个减半，别的会永远等它
-                fail(f"显存不够：微批量 {s.batch_size} 放不下。把 --batch_size 减半再跑同一条命令（结果不变）；"
-                     f"已经是 1 就加 --gradient_checkpointing，或减小 --block_size")
-        del trainer
+                fail(f"显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
+        except (RuntimeError, safetensors.SafetensorError) as error:  # 存盘时磁盘满了，torch 报成别的错
+            if not re.search("No space left|PytorchStreamWriter", str(error)):
+                raise
+            raise OSError(28, "No space left on device", str(s.work_dir)) from None
+        trainer = None  # 放掉显存
         torch.cuda.empty_cache()
         s.batch_size, checkpoint = s.batch_size // 2, newest_checkpoint(s.work_dir)
         print(f"显存不够：微批量减到 {s.batch_size}，梯度累积加倍，从第 {step_of(checkpoint)} 步接着训练")
@@ -512,6 +529,8 @@ def train(s, checkpoint, stop):
 
 def main():
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 与词向量共用的输出层，检查点里本来就没有
+        lambda record: "lm_head.weight" not in record.getMessage())
     s = read_settings()
     choose_speed(s)
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
@@ -526,9 +545,10 @@ def main():
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
     if RANK == 0 and not checkpoint:
-        write_json(s.work_dir / "config.json", vars(s))
-    if s.device == "cpu" and sys.platform == "linux":  # 让 glibc 留住释放的内存：默认一释放就还给系统，再要时逐页清零，
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # 慢两成（results/cpu_step.md）
+        text = json.dumps(vars(s), ensure_ascii=False, indent=1, default=str)
+        (s.work_dir / "config.json").write_text(text, encoding="utf-8")
+    if s.device == "cpu" and sys.platform == "linux":  # glibc 默认一释放内存就还给系统，再要时逐页清零：慢两成
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
     stop = StopRequest(s.max_hours)
     trainer = train(s, checkpoint, stop)
     if trainer.state.global_step < s.total_steps:
@@ -544,8 +564,8 @@ def save_final_model(work_dir, model, tokenizer):
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
     model.generation_config = transformers.GenerationConfig(max_new_tokens=100, **SAMPLING)
-    for part in (model, tokenizer):
-        part.save_pretrained(work_dir / "final_model")
+    model.save_pretrained(work_dir / "final_model")
+    tokenizer.save_pretrained(work_dir / "final_model")
     if (plot := Path(__file__).with_name("plot_loss.py")).exists():
         subprocess.run([sys.executable, plot, work_dir, "--output", work_dir / "loss_curve.png"])
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")
@@ -556,10 +576,6 @@ def save_final_model(work_dir, model, tokenizer):
 def fail(message):
     """使用者能改正的错误：0 号进程打印一行，退出码 1。"""
     sys.exit(f"错误：{message}" if RANK == 0 else 1)
-
-
-def installed(package):
-    return importlib.util.find_spec(package) is not None
 
 
 def run_script(name, output, *arguments):
@@ -578,7 +594,7 @@ def step_of(checkpoint):
 
 
 def newest_checkpoint(work_dir):
-    """最新的完整检查点；没有则 None。Trainer 最后写 trainer_state.json；截断的文件只有真的读一遍才知道。"""
+    """最新的完整检查点；没有则 None。截断的文件只有真的读一遍才知道。"""
     for path in sorted((work_dir / "checkpoints").glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -592,8 +608,8 @@ def newest_checkpoint(work_dir):
 
 
 def rewind(work_dir, checkpoint):
-    """回到 checkpoint：丢掉它之后的检查点和日志，那几步要重新训练，每一步只留一行。"""
-    for path in (work_dir / "checkpoints").glob("checkpoint-*"):
+    """回到 checkpoint：丢掉它之后的检查点、快照和日志，那几步要重新训练，每一步只留一行。"""
+    for path in [*work_dir.glob("checkpoints/checkpoint-*"), *work_dir.glob("snapshots/step-*")]:
         if step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
     for path in (work_dir / "train_log.jsonl", work_dir / "samples.jsonl"):
@@ -614,26 +630,22 @@ def append_jsonl(path, *rows):
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-
-
 class StopRequest(transformers.TrainerCallback):
     """Ctrl-C、SIGTERM（reason 是信号的编号）或 --max_hours（reason 是 1）：做完这一步，存好检查点再停。"""
 
     def __init__(self, max_hours):
-        seconds = (max_hours or math.inf) * 3600
-        self.reason, self.deadline = 0, START + seconds - max(10, min(seconds / 100, 600))  # 留出存盘的时间
+        self.reason, self.deadline = 0, START + 3600 * 0.99 * (max_hours or math.inf)  # 留 1% 存盘
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self.request)
 
     def request(self, which, frame):
-        if self.reason:
-            sys.exit(128 + which)
-        self.reason = which
         print("收到停止信号：做完这一步就存检查点（再按一次立即停）")
+        self.reason = which
+        signal.signal(which, lambda *_: sys.exit(128 + which))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.eval_steps:  # 正好要验证的那一步，由 evaluate 留快照
+            save_snapshot(self.trainer.model, self.trainer.settings, state.global_step, self.trainer.metrics)
         if WORLD_SIZE == 1 or state.global_step % args.logging_steps == 0:  # 几个进程要停在同一步
             late = time.time() > self.deadline
             self.reason = max(accelerate.utils.gather_object([self.reason or int(late)]))
