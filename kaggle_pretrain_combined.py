@@ -161,7 +161,7 @@ def restore(s):
     if UPLOAD:
         api, repo = open_hub()
         found.append(Path(api.snapshot_download(repo, local_dir=TEMP / "from_hub")))
-    step, best = max((step_of(newest_checkpoint(folder)), folder) for folder in [s.work_dir, *found])
+    step, _, best = max((step_of(newest_checkpoint(path)), path == s.work_dir, path) for path in [s.work_dir, *found])
     if not step:
         return print("没有上次的输出，从头开始")
     old = json.loads((best / "config.json").read_text(encoding="utf-8"))
@@ -255,7 +255,6 @@ def clean_batch(batch):
     return {"text": texts, "hash": np.array([hash64(text) for text in texts], np.uint64)}
 
 def split(table):
-    """空的和重复的不要，其余分成训练和验证。"""
     kept = (table["hash"] != hash64("")) & ~table["hash"].duplicated()
     table["train_documents"], table["eval_documents"] = kept, False
     for _, hashes in table["hash"][kept].groupby(table["source"]):
@@ -652,8 +651,7 @@ def train_worker():
         save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 def definitions():
-    """运行过的格子（作为脚本就是本文件）里的定义。"""
-    kept = []
+    kept = []  # 运行过的格子（作为脚本就是本文件）里的定义
     for cell in globals().get("In") or [Path(__file__).read_text(encoding="utf-8")]:
         with suppress(SyntaxError):  # %matplotlib 之类的格子不要
             kept += [ast.unparse(node) for node in ast.parse(cell).body if not isinstance(node, ast.Expr)]
@@ -693,12 +691,15 @@ def write_settings(path, **more):
 
 def train(s):
     derive(s)
+    config = s.work_dir / "config.json"
+    if newest_checkpoint(s.work_dir) and json.loads(config.read_text(encoding="utf-8"))["key"] != s.key:
+        fail(f"数据与 {s.work_dir} 里的训练用的不同：移走它从头开始，或找回它的 packed/")
     (TEMP / "train.py").write_text(definitions() + "\ntrain_worker()\n", encoding="utf-8")
     while True:
         checkpoint = newest_checkpoint(s.work_dir)
         rewind(s.work_dir, checkpoint)
         if not checkpoint:
-            write_settings(s.work_dir / "config.json")
+            write_settings(config)
         write_settings(TEMP / "settings.json", checkpoint=checkpoint)
         STOP.unlink(missing_ok=True)
         code, error = run_processes(s)

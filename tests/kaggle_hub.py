@@ -55,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         if hub.exists:
             return self.reply({"error": "exists", "url": f"{hub.url}/me/state"}, 409)
-        hub.exists, hub.private = True, hub.private and json.loads(self.body)["private"]
+        asked = json.loads(self.body)
+        hub.exists, hub.private = True, hub.private and (asked.get("visibility") == "private" or asked.get("private"))
         return self.reply({"url": f"{hub.url}/me/state", "name": "me/state"})
 
     def info(self):
