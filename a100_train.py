@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -208,13 +209,13 @@ def pack(s):
     with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
             tokens = encode(sp, texts)
-            tokens.tofile(file)
+            file.write(tokens)  # 不用 tofile：磁盘满时它的 OSError 没有错误号
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
     pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
     with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
             tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            tokens.tofile(file)
+            file.write(tokens)
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
@@ -514,11 +515,7 @@ def train(s, checkpoint, stop):
             return trainer
         except torch.OutOfMemoryError:
             if s.batch_size % 2 or WORLD_SIZE > 1:  # 几个进程时只有一个减半，别的会永远等它
-                fail(f"显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
-        except (RuntimeError, safetensors.SafetensorError) as error:  # 存盘时磁盘满了，torch 报成别的错
-            if not re.search("No space left|PytorchStreamWriter", str(error)):
-                raise
-            raise OSError(28, "No space left on device", str(s.work_dir)) from None
+                sys.exit(f"错误：显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
         trainer = None  # 放掉显存
         torch.cuda.empty_cache()
         s.batch_size, checkpoint = s.batch_size // 2, newest_checkpoint(s.work_dir)
@@ -528,6 +525,8 @@ def train(s, checkpoint, stop):
 # ==== 7. 主程序 ====
 
 def main():
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # 几个进程时只有 0 号说话
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 与词向量共用的输出层，检查点里本来就没有
         lambda record: "lm_head.weight" not in record.getMessage())
@@ -536,11 +535,16 @@ def main():
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
     s.work_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(s.work_dir / ".lock", timeout=0)  # 一个工作目录只许一个训练
-    with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
-        if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
-            lock.acquire()
-            prepare(s, checkpoint)
-            pack(s)
+    try:
+        with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
+            if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
+                lock.acquire()
+                prepare(s, checkpoint)
+                pack(s)
+    except RuntimeError:
+        if RANK == 0:
+            raise
+        sys.exit(1)  # 0 号出错退出了，它已经说了那一行
     if s.prepare_only:
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
@@ -550,13 +554,15 @@ def main():
     if s.device == "cpu" and sys.platform == "linux":  # glibc 默认一释放内存就还给系统，再要时逐页清零：慢两成
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
     stop = StopRequest(s.max_hours)
-    trainer = train(s, checkpoint, stop)
+    with disk_full_is_oserror(s.work_dir):
+        trainer = train(s, checkpoint, stop)
+        if trainer.state.global_step == s.total_steps and RANK == 0:
+            save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
     if trainer.state.global_step < s.total_steps:
         again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {again}")
+        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{launcher} {again}")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)
-    if RANK == 0:
-        save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 
 def save_final_model(work_dir, model, tokenizer):
@@ -616,6 +622,17 @@ def rewind(work_dir, checkpoint):
         kept = [row for row in read_jsonl(path) if checkpoint and row["step"] <= step_of(checkpoint)]
         path.unlink(missing_ok=True)
         append_jsonl(path, *kept)
+
+
+@contextmanager
+def disk_full_is_oserror(folder):
+    """磁盘满时 torch 和 safetensors 抛的不是 OSError；换成 OSError，run() 才认得。"""
+    try:
+        yield
+    except (RuntimeError, safetensors.SafetensorError):
+        if shutil.disk_usage(folder).free < 10 << 20:
+            raise OSError(28, f"写不进 {folder}") from None
+        raise
 
 
 def read_jsonl(path):

@@ -22,7 +22,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-VOCAB_SIZE, SEED = 1500, 42
+VOCAB_SIZE, STEPS = 1500, 6
+# 一两秒就训练完的模型；每 2 步验证、存检查点
+TINY = ["--device", "cpu", "--n_layer", 1, "--n_embd", 32, "--n_head", 2, "--block_size", 32,
+        "--batch_size", 4, "--effective_batch_size", 8, "--max_steps", STEPS, "--eval_steps", 2,
+        "--logging_steps", 1, "--learning_rate", 0.01]
 
 
 def call(module, *argv):
@@ -98,22 +102,45 @@ def work_dir(real_texts, tmp_path_factory):
         sources.append(f"{name}={write_jsonl(folder.parent / f'{name}.jsonl', texts[:1500])}")
     call(prepare_corpus, "--corpus", *sources, "--output_dir", folder / "corpus")
     call(train_tokenizer, "--corpus_dir", folder / "corpus", "--output_dir", folder / "tokenizer",
-         "--vocab_size", VOCAB_SIZE, "--threads", 1)
-    a100_train.pack(folder, SEED)
+         "--vocab_size", VOCAB_SIZE)
+    call(a100_train, "--work_dir", folder, "--device", "cpu", "--prepare_only")
     return folder
 
 
 @pytest.fixture(scope="session")
 def sp(work_dir):
     import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(
-        model_file=str(work_dir / "tokenizer" / "sentencepiece.model")
-    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(work_dir / "tokenizer/sentencepiece.model"))
 
 
 @pytest.fixture
 def copied(work_dir, tmp_path):
     """work_dir 的一份拷贝，可以随便改。"""
     shutil.copytree(work_dir, tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    """假装 a100_train.py 被单独拷走了：旁边没有 plot_loss.py，训练完不画图（省两三秒），也没有准备数据的脚本。"""
+    import a100_train
+    monkeypatch.setattr(a100_train, "__file__", "/nowhere/a100_train.py")
+
+
+@pytest.fixture(scope="session")
+def finished(work_dir, tmp_path_factory):
+    """TINY 的设置，一口气跑完的工作目录。不要改它。"""
+    import a100_train
+    folder = tmp_path_factory.mktemp("finished") / "work"
+    shutil.copytree(work_dir, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a100_train, "__file__", "/nowhere/a100_train.py")
+        call(a100_train, "--work_dir", folder, *TINY)
+    return folder
+
+
+@pytest.fixture
+def work(finished, tmp_path):
+    """跑完的工作目录的一份拷贝，可以随便改。"""
+    shutil.copytree(finished, tmp_path / "work")
     return tmp_path / "work"

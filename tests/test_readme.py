@@ -9,6 +9,8 @@ import a100_train
 import doctor
 import train_tokenizer
 
+FULL, DEMO_PRESET = ({row[0]: row[column] for row in a100_train.SETTINGS} for column in (3, -1))
+
 README = (ROOT / "README.md").read_text("utf-8")
 DEMO = ROOT / "results" / "demo"
 CONFIG = json.loads((DEMO / "config.json").read_text("utf-8"))
@@ -39,7 +41,7 @@ def test_demo_figures_come_from_the_log():
 
 
 def test_committed_demo_used_the_current_preset():
-    preset = a100_train.PRESETS["demo"]
+    preset = DEMO_PRESET | {"learning_rate": a100_train.LEARNING_RATES["demo"][0]}     # 演示用 Muon
     for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "learning_rate",
                 "max_steps", "vocab_size"):
         assert CONFIG[key] == preset[key], key
@@ -53,10 +55,10 @@ def test_committed_samples_are_the_same_run():
 
 
 def test_full_model_figures():
-    full = a100_train.PRESETS["full"]
+    full = FULL
     assert (full["n_layer"], full["n_embd"], full["n_head"], full["block_size"]) == (8, 768, 12, 1024)
     assert full["effective_batch_size"] * full["block_size"] == 98_304 and "98,304" in README
-    assert train_tokenizer.PRESETS["full"]["vocab_size"] == 32_000 and "32,000 词块" in README
+    assert train_tokenizer.VOCAB_SIZE["full"] == 32_000 and "32,000 词块" in README
 
 
 def test_processes_figures():

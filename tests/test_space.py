@@ -1,0 +1,389 @@
+"""space/app.py：续写的规则、页面的函数；真的浏览器（Debian 的 chromium）里每个标签页用一遍。
+
+没有 chromium 时浏览器测试跳过；REQUIRE_BROWSER=1 时没有就算失败。只连本机。
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import psutil
+import pytest
+import tiny_run
+import torch
+from conftest import ROOT, environment, error_of
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+ATTACK = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--no-proxy-server", "--lang=zh-CN"]
+
+
+@pytest.fixture(scope="session")
+def app():
+    spec = importlib.util.spec_from_file_location("space_app", ROOT / "space" / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("space") / "gpt2-chinese", n_layer=6, n_embd=128)
+
+
+@pytest.fixture(scope="session")
+def run(app, folder):
+    return app.Run(str(folder / "final_model"))
+
+
+# ==== 不用浏览器的 ====
+
+def test_finds_what_a_run_left(app, run, folder):
+    assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS)
+    assert run.log[-1]["eval_loss"] == 2.5
+    assert app.Run(str(folder)).folder == run.folder                   # 工作目录也行
+    assert run.model(1) is run.model(1) and run.model(1) is not run.model()
+
+
+def test_unfinished_run(app, folder, tmp_path):
+    for name in ("tokenizer", "snapshots"):
+        (tmp_path / name).symlink_to(folder / name)
+    unfinished = app.Run(str(tmp_path))
+    assert unfinished.folder.name == "step-200" and unfinished.log == []
+    assert app.curve(unfinished, 0, 3).startswith("<svg")
+
+
+def test_hub_weights_are_fetched_when_used(app, folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if isinstance(allow_patterns, str):
+            shutil.copytree(folder / "snapshots", tmp_path / "snapshots", dirs_exist_ok=True)
+        return str(tmp_path)
+
+    shutil.copytree(folder / "final_model", tmp_path, dirs_exist_ok=True)
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder / "snapshots", tmp_path / "snapshots", ignore=without_weights)
+    monkeypatch.setattr(app, "snapshot_download", download)
+    hub = app.Run("me/tiny")
+    hub.model(1)
+    assert len(hub.snapshots) == 4 and asked[1:] == ["snapshots/step-10/*"]
+
+
+def test_greedy_is_generate(app, run):
+    """温度 0、不罚：与 transformers 的 greedy 逐个词块相同。"""
+    model, ids = run.model(), run.tokenizer("今天天气", return_tensors="pt")
+    expected = model.generate(**ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0].tolist()
+    *_, (text, _) = app.write(run, model, "今天天气", 0, 50, 0.9, 1, 20, 42)
+    assert text == b"".join(app.piece_bytes(run, token) for token in expected).decode("utf-8", "ignore")
+
+
+def test_probabilities(app):
+    scores = torch.tensor([1.0, 3.0, 2.0, 0.0])
+    assert torch.allclose(app.probabilities(scores, [0], 1, 4, 1, 1), scores.softmax(-1))
+    assert app.probabilities(scores, [0], 0, 4, 1, 1).tolist() == [0, 1, 0, 0]
+    assert app.probabilities(scores, [0], 1, 2, 1, 1).count_nonzero() == 2
+    assert app.probabilities(scores, [0], 1, 4, 0.6, 1).tolist() == [0, 1, 0, 0]      # 最大的是 0.64
+    hot, cold = (app.probabilities(scores, [0], heat, 4, 1, 1).max() for heat in (2, 0.5))
+    assert hot < 0.65 < cold
+    assert app.probabilities(scores, [1], 1, 4, 1, 2)[1] < app.probabilities(scores, [0], 1, 4, 1, 2)[1]
+
+
+def test_seed_and_context(app, run):
+    """同样的种子，同样的续写，两个人同时写也一样；写满上下文还接着写；开头比上下文长也行。"""
+    def all_text(seed, prompt="教育", tokens=150):
+        return [text for text, _ in app.write(run, run.model(), prompt, 0.8, 50, 0.9, 1.1, tokens, seed)]
+
+    first = all_text(7)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(all_text(7))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [first, first] and first != all_text(8)
+    assert len(first) == 150 > tiny_run.CONTEXT and len(all_text(7, "天" * 300, 3)) == 3
+    assert all(b.startswith(a) for a, b in zip(first, first[1:], strict=False)) and "\ufffd" not in first[-1]
+
+
+def test_time_limit(app, run, monkeypatch):
+    monkeypatch.setattr(app, "TIME_LIMIT", 0)
+    assert len(list(app.write(run, run.model(), "教育", 0.8, 50, 0.9, 1.1, 400, 1))) == 1
+
+
+def test_odd_prompts(app, run):
+    with pytest.raises(app.gr.Error, match="最多 2,000 字，现在是 100,000 字"):
+        app.encode(run, "天" * 100_000)
+    for prompt in ("", " ", "天\ud800"):                                # 空的：从一篇的开头写起
+        *_, (text, _) = app.write(run, run.model(), prompt, 0.8, 50, 0.9, 1.1, 5, 1)
+        assert text.startswith(prompt) and len(text) > len(prompt)
+
+
+def test_curve_holds_numbers_only(app, run):
+    svg = app.curve(run, 1, 3)
+    assert svg.count("<polyline") == 2 and "左" in svg and not re.search(r"nan|inf|None", svg)
+
+
+def test_missing_model(app, tmp_path):
+    assert error_of(app, "--model", tmp_path).startswith("错误：读不出模型")
+
+
+# ==== 浏览器里的 ====
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """(地址，进程)。模型不大，但写满 400 个词块要几秒，够看它怎样流出来、怎样停。"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w", encoding="utf-8")
+    process = subprocess.Popen([sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
+                               env=environment() | {"GRADIO_SERVER_PORT": str(port)}, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(url, timeout=5).read()
+            break
+        except OSError:
+            assert process.poll() is None, open(log.name, encoding="utf-8").read()
+            time.sleep(0.25)
+    yield url, psutil.Process(process.pid)
+    process.terminate()
+    process.wait(20)
+
+
+def open_browser(url, profile, width):
+    chromium = shutil.which("chromium")
+    if not chromium or not shutil.which("chromedriver"):
+        missing = "没有 chromium 或 chromedriver：apt-get install -y chromium chromium-driver"
+        assert os.environ.get("REQUIRE_BROWSER") != "1", missing
+        pytest.skip(missing)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},1000"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    if width < 500:
+        metrics = {"width": width, "height": 844, "pixelRatio": 2}
+        options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    browser.get(url)
+    wait(browser, lambda: browser.find_elements(By.ID, "start"))
+    return browser
+
+
+@pytest.fixture(scope="module")
+def browser(server, tmp_path_factory):
+    made = open_browser(server[0], tmp_path_factory.mktemp("desktop"), 1280)
+    yield made
+    made.quit()
+
+
+def wait(browser, condition, seconds=20):
+    return WebDriverWait(browser, seconds, 0.1).until(lambda _: condition())
+
+
+def go_to(browser, name):
+    tabs = browser.find_elements(By.CSS_SELECTOR, "button[role=tab]")
+    next(tab for tab in tabs if tab.get_attribute("textContent").strip() == name).click()
+
+
+def box(browser, name):
+    return browser.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input[type=number]")
+
+
+def value(browser, name):
+    return box(browser, name).get_attribute("value")
+
+
+def fill(browser, name, text):
+    """换掉框里的字；长文字用脚本填，逐字敲要几分钟。"""
+    script = """const prototype = Object.getPrototypeOf(arguments[0]);
+        Object.getOwnPropertyDescriptor(prototype, 'value').set.call(arguments[0], arguments[1]);
+        arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"""
+    browser.execute_script(script, box(browser, name), text)
+
+
+def text_of(browser, name):
+    return browser.find_element(By.ID, name).text
+
+
+def test_streams_and_stops(browser):
+    go_to(browser, "生成")
+    browser.find_element(By.ID, "start").click()
+    wait(browser, lambda: len(value(browser, "output")) > len("中国的历史"))
+    early = value(browser, "output")
+    wait(browser, lambda: len(value(browser, "output")) > len(early))              # 还在变长
+    assert value(browser, "output").startswith(early) and early.startswith("中国的历史")
+    browser.find_element(By.ID, "stop").click()
+    time.sleep(1)
+    stopped = value(browser, "output")
+    time.sleep(1)
+    assert value(browser, "output") == stopped
+    count = re.search(r"(\d+) 个词块", text_of(browser, "note"))
+    assert count and int(count[1]) < 200, browser.find_element(By.ID, "note").get_attribute("outerHTML")
+
+
+def test_example_fills_the_prompt(browser):
+    go_to(browser, "生成")
+    example = next(button for button in browser.find_elements(By.TAG_NAME, "button") if button.text == "今天天气")
+    example.click()
+    wait(browser, lambda: value(browser, "prompt") == "今天天气")
+
+
+def test_growth(browser):
+    go_to(browser, "成长")
+    browser.find_element(By.ID, "both").click()
+    wait(browser, lambda: value(browser, "growth-左") and value(browser, "growth-右"))
+    time.sleep(2)
+    left, right = value(browser, "growth-左"), value(browser, "growth-右")
+    assert left != right and "第 0 步，最近一次验证损失 5.90" in text_of(browser, "growth-左")
+    before = browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML")
+    slider = browser.find_element(By.CSS_SELECTOR, "#slider-左 input[type=range]")
+    slider.send_keys(Keys.END)                                                       # 拖到最后
+    wait(browser, lambda: "第 200 步" in text_of(browser, "growth-左"))
+    wait(browser, lambda: value(browser, "growth-左") == right)                     # 同一快照、同一种子：同样的字
+    wait(browser, lambda: browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML") != before)
+
+
+def test_pieces(browser):
+    go_to(browser, "分词")
+    fill(browser, "pieces-text", "")
+    wait(browser, lambda: "0 字，0 个词块" in text_of(browser, "pieces-count"))
+    fill(browser, "pieces-text", "中国的历史麒")
+    wait(browser, lambda: "6 字，5 个词块" in text_of(browser, "pieces-count"))
+    pieces = text_of(browser, "pieces").split()
+    assert "中国" in pieces and "的历史" in pieces and "<0xE9>" in pieces
+    assert str(tiny_run.tokenizer().convert_tokens_to_ids("中国")) in pieces
+
+
+def test_next_token(browser):
+    go_to(browser, "下一个词")
+    fill(browser, "next-text", "教育")                                  # 这个小模型接着它最想写的不是字节
+    wait(browser, lambda: text_of(browser, "bars").count("%") == 10)
+    time.sleep(0.5)
+    warm = text_of(browser, "bars")
+    browser.find_element(By.CSS_SELECTOR, "#heat input[type=range]").send_keys(Keys.HOME)       # 温度 0
+    wait(browser, lambda: "100%" in text_of(browser, "bars"))
+    assert "100%" not in warm
+    token = re.search(r"#(\d+)", text_of(browser, "bars"))[1]
+    rows = browser.find_elements(By.CSS_SELECTOR, "#bars button")
+    next(row for row in rows if f"#{token}" in row.text).click()
+    piece = tiny_run.tokenizer().decode([int(token)])
+    assert piece and "\ufffd" not in piece
+    wait(browser, lambda: value(browser, "next-text") == "教育" + piece)
+    time.sleep(0.5)                                                     # 人手没有这么快：等页面收下这些字
+    browser.find_element(By.ID, "draw").click()                         # 温度还是 0：抽到的还是最可能的
+    wait(browser, lambda: len(value(browser, "next-text")) > len("教育" + piece))
+
+
+@pytest.mark.parametrize("tab, name, button", [("生成", "prompt", "start"), ("成长", "growth-prompt", "both"),
+                                               ("分词", "pieces-text", None), ("下一个词", "next-text", None)])
+def test_html_stays_text(browser, tab, name, button):
+    """尖括号是文本，不是标签；100,000 字只得到一句话，页面照样能用。"""
+    go_to(browser, tab)
+    fill(browser, name, ATTACK)
+    if button:
+        browser.find_element(By.ID, button).click()
+    time.sleep(1.5)
+    assert browser.execute_script("return window.hacked === undefined")
+    assert browser.execute_script("return document.querySelectorAll(\"img[src='x']\").length") == 0
+    fill(browser, name, "天" * 100_000)
+
+    def refused():
+        if button:                                                      # 上一次还没写完时，按了不算：再按
+            browser.find_element(By.ID, button).click()
+        return "现在是 100,000 字" in browser.find_element(By.TAG_NAME, "body").text
+
+    wait(browser, refused)
+    fill(browser, name, "教育")
+    for toast in browser.find_elements(By.CSS_SELECTOR, ".toast-close"):
+        toast.click()
+
+
+def test_nothing_from_the_network(browser, server):
+    """字体、脚本、统计：全来自本机。放在前面几个测试之后，它们请求过的都算。"""
+    urls = [event["params"]["request"]["url"] for event in
+            (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+            if event["method"] == "Network.requestWillBeSent"]
+    outside = [url for url in urls if not url.startswith((server[0], "data:", "blob:", "chrome:"))]
+    assert len(urls) > 20 and not outside, outside
+    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not errors, errors
+
+
+def test_phone(server, tmp_path):
+    """390 像素宽：每个标签页都不用左右拖，按钮够得着。"""
+    phone = open_browser(server[0], tmp_path / "phone", 390)
+    try:
+        for tab, name in (("生成", "start"), ("成长", "both"), ("分词", "pieces"), ("下一个词", "draw")):
+            go_to(phone, tab)
+            wait(phone, lambda name=name: phone.find_element(By.ID, name).is_displayed())
+            assert phone.execute_script("return document.documentElement.scrollWidth") <= 390, tab
+            assert phone.find_element(By.ID, name).rect["width"] <= 390
+    finally:
+        phone.quit()
+
+
+# ==== 20 个人同时用 ====
+
+LAST = ("process_completed", "close_stream", "queue_full", "unexpected_error")
+
+
+def ask(url, function, data):
+    """像网页那样排队、等结果；返回收到的消息的列表。"""
+    session = os.urandom(5).hex()
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join?", body, headers)
+    json.load(urllib.request.urlopen(request, timeout=60))
+    messages = []
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
+        for line in stream:
+            if line.startswith(b"data:"):
+                messages.append(json.loads(line[5:]))
+                if messages[-1]["msg"] in LAST:
+                    break
+    return messages
+
+
+def test_twenty_at_once(server):
+    url, process = server
+    config = json.load(urllib.request.urlopen(f"{url}/config", timeout=20))
+    ids = {component["props"].get("elem_id"): component["id"] for component in config["components"]}
+    click = [ids["start"], "click"]
+    function = next(event["id"] for event in config["dependencies"] if click in event["targets"])
+
+    def crowd():
+        results = {}
+        threads = [threading.Thread(target=lambda n=n: results.update(
+            {n: ask(url, function, ["中国的历史", 0.8, 50, 0.9, 1.1, 20, n])})) for n in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        return results
+
+    crowd()                                                             # 预热：第一次各种缓存要长
+    before = process.memory_info().rss
+    results = {**crowd(), **crowd()}
+    assert len(results) == 20
+    for messages in results.values():
+        assert messages[-1]["msg"] == "process_completed" and messages[-1]["success"], messages[-1]
+        assert any(message["msg"] == "estimation" and "rank" in message for message in messages)      # 排在第几
+    assert any(message.get("rank", 0) >= 10 for messages in results.values() for message in messages)
+    assert process.memory_info().rss - before < 50e6
