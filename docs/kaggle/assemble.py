@@ -72,6 +72,8 @@ def requirements(packages):
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
     lines = [re.split(r"\s*[;#]", line)[0] for line in lines if re.match(r"\w", line)]
     wanted = {re.match(r"[\w-]+", line)[0]: line for line in lines}
+    if missing := [package for package in packages if package not in wanted]:
+        sys.exit(f"错误：requirements.txt 里没有 {missing}，而 Kaggle 上要装；加上，或改 {HERE.name}/template.txt")
     text = "REQUIREMENTS = " + str([wanted[package] for package in packages]).replace("'", '"')
     return textwrap.fill(text, 100, subsequent_indent=" " * 16)
 
