@@ -98,7 +98,7 @@ def memory_needed(batch_size, optimizer="muon", precision="bf16", vocab_size=32_
             "context": 2**30}       # CUDA 上下文、碎片
 
 def micro_batch(s, memory):
-    """每张卡分到的块数的约数里，放得下的最大的一个。T4 上 16 块要 12.2 GiB，24 块放不下。"""
+    """每张卡分到的块数的约数里，放得下的最大的一个。T4 上 16 块要 11.7 GiB，24 块要 16.3，放不下。"""
     share = s.effective_batch_size // s.processes
     for size in range(share, 1, -1):
         parts = memory_needed(size, s.optim, s.precision, s.vocab_size, s.n_layer, s.n_embd, s.block_size)
@@ -160,7 +160,8 @@ def restore(s):
     if UPLOAD:
         api, repo = open_hub()
         found.append(Path(api.snapshot_download(repo, local_dir=TEMP / "from_hub")))
-    step, _, best = max((step_of(newest_checkpoint(path)), path == s.work_dir, path) for path in [s.work_dir, *found])
+    step, _, best = max((step_of(newest_checkpoint(path)), path == s.work_dir, path)
+                        for path in [s.work_dir, *found])
     if not step:
         return print("没有上次的输出，从头开始")
     old = json.loads((best / "config.json").read_text(encoding="utf-8"))
@@ -568,7 +569,7 @@ class GPT2Trainer(transformers.Trainer):
             seconds, steps, self.clock = now - self.clock[0], step - self.clock[1], (now, step)
             self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
             logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
-                     "mfu": round(speed * s.flops_per_token / 130e12, 4)}  # 占两张 T4 的 fp16 峰值 130 TFLOP/s 的多少
+                     "mfu": round(speed * s.flops_per_token / 130e12, 4)}  # 占两张 T4 峰值 130 TFLOP/s 的多少
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
                   f" | MFU {logs['mfu']:.0%} | 剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
         if "loss" in logs or "eval_loss" in logs:
@@ -700,8 +701,9 @@ def train(s):
         code, error = run_processes(s)
         if code == 0:
             return
-        if error.startswith("错误") or "OutOfMemory" not in error or s.batch_size % 2:
-            fail(error[3:] or f"训练进程失败了（退出码 {code}），原因在上面，或在 {TEMP / 'torchrun.log'}；什么也没有上传")
+        if "OutOfMemory" not in error or s.batch_size % 2:
+            fail(error.removeprefix("错误：") or f"训练进程失败了（退出码 {code}），什么也没有上传；原因在上面，或在 "
+                 f"{TEMP / 'torchrun.log'}")
         s.batch_size //= 2
         print(f"显存不够：微批量减到 {s.batch_size}，累积加倍（结果不变），从最新的检查点接着训练")
 

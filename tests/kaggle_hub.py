@@ -56,13 +56,14 @@ class Handler(BaseHTTPRequestHandler):
         if hub.exists:
             return self.reply({"error": "exists", "url": f"{hub.url}/me/state"}, 409)
         asked = json.loads(self.body)
-        hub.exists, hub.private = True, hub.private and (asked.get("visibility") == "private" or asked.get("private"))
+        private = asked.get("visibility") == "private" or asked.get("private")
+        hub.exists, hub.private = True, hub.private and private
         return self.reply({"url": f"{hub.url}/me/state", "name": "me/state"})
 
     def info(self):
         hub = self.server.hub
-        self.reply({"id": "me/state", "_id": "1", "private": hub.private, "tags": [], "downloads": 0, "likes": 0,
-                    "sha": SHA, "siblings": [{"rfilename": path} for path in hub.files]})
+        self.reply({"id": "me/state", "_id": "1", "private": hub.private, "tags": [], "downloads": 0,
+                    "likes": 0, "sha": SHA, "siblings": [{"rfilename": path} for path in hub.files]})
 
     def tree(self):
         files = self.server.hub.files
@@ -71,9 +72,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self):
         paths = [file["path"] for file in json.loads(self.body)["files"]]
-        self.reply({"files": [{"path": path, "shouldIgnore": False, "oid": self.server.hub.files.get(path),
-                               "uploadMode": "lfs" if path.endswith((".safetensors", ".pt", ".bin")) else "regular"}
-                              for path in paths]})
+        modes = {path: "lfs" if path.endswith((".safetensors", ".pt", ".bin")) else "regular" for path in paths}
+        self.reply({"files": [{"path": path, "shouldIgnore": False, "uploadMode": mode,
+                               "oid": self.server.hub.files.get(path)} for path, mode in modes.items()]})
 
     def batch(self):
         objects = []
@@ -114,10 +115,12 @@ class Handler(BaseHTTPRequestHandler):
 
 API = r"/api/models/me/state"
 ROUTES = [
-    (r"POST /api/repos/create", Handler.create), (r"GET /api/whoami-v2", lambda self: self.reply({"name": "me"})),
+    (r"POST /api/repos/create", Handler.create),
+    (r"GET /api/whoami-v2", lambda self: self.reply({"name": "me"})),
     (rf"GET {API}(?:/revision/\w+)?", Handler.info), (rf"GET {API}/tree/\w+.*", Handler.tree),
     (r"POST /api/validate-yaml", lambda self: self.reply({"errors": [], "warnings": []})),
     (rf"POST {API}/preupload/main", Handler.preupload), (r"PUT /lfs/(\w+)", Handler.put),
-    (r"POST /me/state\.git/info/lfs/objects/batch", Handler.batch), (rf"POST {API}/commit/main", Handler.commit),
+    (r"POST /me/state\.git/info/lfs/objects/batch", Handler.batch),
+    (rf"POST {API}/commit/main", Handler.commit),
     (r"(?:GET|HEAD) /me/state/resolve/\w+/(.+)", Handler.resolve),
 ]
