@@ -534,12 +534,10 @@ def write_samples(model, tokenizer, s, step, eval_loss):
 STOP = TEMP / "stop"  # 有人按了停止键
 
 class GPT2Trainer(transformers.Trainer):
-    """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer。"""
 
     def create_optimizer(self, model=None):
         s = self.settings
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
-        # 不用 fused 的 AdamW：fp16 溢出时 GradScaler 照样调用它，由它的核跳过；矩阵那一半可不会跳
         self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, foreach=True, fused=False)
         return self.optimizer
 
@@ -549,7 +547,6 @@ class GPT2Trainer(transformers.Trainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        """验证、续写。几个进程时各自算同样的东西，只有 0 号写文件。"""
         s, step, metrics = self.settings, self.state.global_step, held_out_loss(self.model.eval(), self.settings)
         self.log(dict(metrics))
         sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"]).replace("\n", " ")
@@ -559,10 +556,8 @@ class GPT2Trainer(transformers.Trainer):
         return metrics
 
     def log(self, logs, start_time=None):
-        """打印一行，同样的数写进 train_log.jsonl；损失成了 NaN 就停下。"""
         s, step, now = self.settings, self.state.global_step, time.perf_counter()
         if "loss" in logs:
-            # fp16 开头几步梯度溢出是正常的，GradScaler 会跳过那一步，所以只看损失
             if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
                 fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。把 learning_rate "
                      f"{s.learning_rate:g} 减半，不用旧的输出")
@@ -657,7 +652,8 @@ def run_processes(s):
     """启动训练进程，逐行转印；返回 (退出码, 错误那一行)。"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={s.processes}", str(TEMP / "train.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_P2P_DISABLE": "1", "PYTHONUTF8": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // s.processes)),
+                                "NCCL_P2P_DISABLE": "1", "PYTHONUTF8": "1"}  # 两张 T4 之间的 P2P 有时会卡住
     error, log = "", open(TEMP / "torchrun.log", "w", encoding="utf-8")  # torchrun 自己的话，和导入时的警告
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, encoding="utf-8",
                                errors="replace", start_new_session=True)  # 停止键只由我们处理

@@ -72,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self):
         paths = [file["path"] for file in json.loads(self.body)["files"]]
-        modes = {path: "lfs" if path.endswith((".safetensors", ".pt", ".bin")) else "regular" for path in paths}
+        large = (".safetensors", ".pt", ".bin")
+        modes = {path: "lfs" if path.endswith(large) else "regular" for path in paths}
         self.reply({"files": [{"path": path, "shouldIgnore": False, "uploadMode": mode,
                                "oid": self.server.hub.files.get(path)} for path, mode in modes.items()]})
 
