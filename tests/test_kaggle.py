@@ -7,8 +7,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import types
 import urllib.error
 from pathlib import Path
@@ -267,6 +269,18 @@ def test_out_of_memory_starts_all_processes_again(kaggle, monkeypatch, capsys):
     assert "什么也没有上传" in error_of(kaggle.train, kaggle.s)
 
 
+def test_stop_button(kaggle, capsys):
+    """按停止键：训练进程收不到信号，看到 STOP 才停，正常退出。"""
+    kaggle.s.processes = 2
+    (kaggle.TEMP / "train.py").write_text(
+        f"import time\nfrom pathlib import Path\nwhile not Path({str(kaggle.STOP)!r}).exists():\n    time.sleep(0.1)\n"
+        "print('存好了')\n", encoding="utf-8")
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert kaggle.run_processes(kaggle.s) == (0, "")
+    shown = capsys.readouterr().out
+    assert "收到停止信号" in shown and shown.count("存好了") == 2
+
+
 # ==== 3. 真的训练 ====
 
 @pytest.fixture(scope="module")
@@ -433,7 +447,7 @@ def test_public_repository_is_refused(hub, tmp_path):
 
 
 def test_failing_training_stops_the_notebook(long_run, hub, tmp_path, monkeypatch):
-    """训练进程出错：notebook 以错误结束，那一行话在，后面的格子没有运行，什么也没有上传。"""
+    """显存不够，减半重来；又发散了：notebook 以错误结束，那一行话在，后面的格子没有运行，什么也没有上传。"""
     need_jupyter()
     import nbclient
     tree = tree_in(tmp_path)
@@ -443,13 +457,33 @@ def test_failing_training_stops_the_notebook(long_run, hub, tmp_path, monkeypatc
     small_program(tree, hub, tmp_path, "")                           # 写好 kaggle_secrets.py
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    source = edited(SOURCE, tree, UPLOAD="True").replace('["loss"] + (', '["loss"] + float("nan") + (')
+    source = edited(SOURCE, tree, UPLOAD="True")
+    for old, new in {'["loss"] + (': '["loss"] + float("nan") + (', "\n    trainer = build_trainer(s, checkpoint)":
+                     '\n    if s.batch_size > 8:\n        raise torch.OutOfMemoryError("CUDA out of memory.")'
+                     "\n    trainer = build_trainer(s, checkpoint)"}.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
     notebook = as_notebook(source)
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="发散了"):
         execute(notebook, monkeypatch)
     text, pictures = outputs(notebook)
     assert "错误：第 1 步的损失是" in text and pictures == 0 and not hub.commits and not hub.files
-    assert text.count("Traceback") == 0
+    assert "微批量减到 8" in text and text.rindex("Traceback") < text.index("微批量减到 8")
+
+
+def test_command_of_the_guide_makes_the_notebook(tmp_path):
+    """指南里的 jupytext 命令，原样运行。"""
+    need_jupyter()
+    import nbformat
+    commands = set(re.findall(r"(?m)^ *(jupytext .+)$", (GUIDE / "README.md").read_text(encoding="utf-8")))
+    (tmp_path / "docs" / "kaggle").mkdir(parents=True)
+    shutil.copy(FILE, tmp_path)
+    assert len(commands) == 1
+    subprocess.run([sys.executable, "-m", *commands.pop().split()], cwd=tmp_path, check=True, timeout=60)
+    notebook = nbformat.read(tmp_path / "docs" / "kaggle" / f"{FILE.stem}.ipynb", 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.language == "python"
+    assert [cell.cell_type for cell in notebook.cells] == ["markdown", *["markdown", "code"] * 11]
 
 
 def test_kernel_metadata_and_guide():
