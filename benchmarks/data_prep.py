@@ -112,7 +112,8 @@ def ours(text, tokenizer, work_dir, processes):
     report = json.loads((work_dir / "corpus/report.json").read_text("utf-8"))
     shutil.copytree(tokenizer, work_dir / "tokenizer")
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.cpu_count = lambda: {processes}\n"
-            f"import a100_train; from pathlib import Path; a100_train.pack(Path({str(work_dir)!r}), 42)")
+            f"import a100_train; from pathlib import Path; from types import SimpleNamespace\n"
+            f"a100_train.pack(SimpleNamespace(work_dir=Path({str(work_dir)!r}), key=['', '']))")
     pack, _ = timed([sys.executable, "-c", code])
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
     documents = sum(source["documents"] for source in report["sources"].values())
