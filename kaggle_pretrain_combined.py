@@ -119,7 +119,7 @@ def check_machine(s):
     s.precision = "fp32" if not gpus else "bf16" if gpus[0].major >= 8 else "fp16"  # T4 说自己有 bf16，其实靠模拟
     s.batch_size = micro_batch(s, 0.95 * gpus[0].total_memory if gpus else 2**31)
     print(f"{gpus[0].name if gpus else '没有显卡，用 CPU'}，torch {torch.__version__}，{s.precision}，"
-          f"微批量 {s.batch_size}，{s.processes} 个进程{'（选 GPU T4 x2 会快近一倍）' if s.processes == 1 else ''}")
+          f"微批量 {s.batch_size}，{s.processes} 个进程{'（选 GPU T4 x2 会快近一倍）' if len(gpus) == 1 else ''}")
 
 check_machine(s)
 
