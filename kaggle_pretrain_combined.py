@@ -78,8 +78,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
-SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, eos_token_id=EOS, pad_token_id=PAD)
-LEARNING_RATES = {"full": (4e-3, 3e-4), "demo": (1.6e-2, 3e-3)}  # learning_rate 的默认值：(Muon 时, 只用 AdamW)
+SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, pad_token_id=PAD)
+LEARNING_RATES = {"full": (3.6e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
 s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), learning_rate=LEARNING_RATES[PRESET][0],
                        preset=PRESET, work_dir=WORKING / "gpt2-chinese", optim="muon", attn="sdpa")
@@ -119,7 +119,7 @@ def check_machine(s):
     s.precision = "fp32" if not gpus else "bf16" if gpus[0].major >= 8 else "fp16"  # T4 说自己有 bf16，其实靠模拟
     s.batch_size = micro_batch(s, 0.95 * gpus[0].total_memory if gpus else 2**31)
     print(f"{gpus[0].name if gpus else '没有显卡，用 CPU'}，torch {torch.__version__}，{s.precision}，"
-          f"微批量 {s.batch_size}，{s.processes} 个进程{'（选 GPU T4 x2 会快近一倍）' if s.processes == 1 else ''}")
+          f"微批量 {s.batch_size}，{s.processes} 个进程{'（选 GPU T4 x2 会快近一倍）' if len(gpus) == 1 else ''}")
 
 check_machine(s)
 
@@ -139,7 +139,8 @@ def newest_checkpoint(work_dir):
                 for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
                     torch.load(path / name, map_location="cpu", weights_only=True)
             return path
-        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError,
+                safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
 
 def open_hub():
@@ -182,8 +183,9 @@ restore(s)
 SHORTEST, LETTERS = 4, 0.3          # 短于前者算太短；字母和汉字不到后者算不是文字
 EVAL_MAXIMUM = 10_000               # 每个来源的验证集至多几篇
 TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|b|big|blockquote|br|"
-       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|s|"
-       r"small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
+       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|"
+       r"s|small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)"
+       r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 BOILERPLATE = (
     r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:"
     r"(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?(?:[ ,，]*\d{1,2}:\d{2})?"
@@ -358,7 +360,8 @@ train_tokenizer(s)
 # %%
 def encode(sp, texts):
     documents = [re.findall(r"(?s).{1,8000}(?:\n|\Z)|.{1,8000}", text) for text in texts]
-    ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(), return_type="numpy")
+    ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(),
+                    return_type="numpy")
     for last in np.cumsum([len(pages) for pages in documents]) - 1:
         ids[last] = np.append(ids[last], EOS)
     return np.concatenate(ids).astype(np.uint16)
@@ -390,7 +393,6 @@ def pack(s):
     (packed / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 class BlockStream(torch.utils.data.Dataset):
-
     def __init__(self, path, block_size, length, seed):
         self.path, self.block_size = path, block_size
         n_blocks = path.stat().st_size // 2 // block_size  # 只丢掉末尾不满一块的
@@ -415,9 +417,6 @@ pack(s)
 # （把梯度正交化，T4 上用 fp16 算），其余由 AdamW。
 # %%
 class GPT2(transformers.GPT2LMHeadModel):
-    """transformers 的 GPT-2，只改一处：给了 labels 就只返回损失。labels 是错开一位的 input_ids，形状 (B, T)。"""
-
-    # 原版还返回 logits，混合精度下会再复制成一份 fp32：48 × 1,024 × 32,000 × 4 字节 = 6.3 GB
     def forward(self, input_ids=None, labels=None, **kwargs):
         if labels is None:
             return super().forward(input_ids=input_ids, **kwargs)
@@ -425,22 +424,18 @@ class GPT2(transformers.GPT2LMHeadModel):
         return {"loss": torch.nn.functional.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
 
 def build_model(s):
-    """新建一个随机初始化的 GPT-2。同一个 s.seed 得到同样的权重。"""
-    # torch.compile 下 "sdpa" 会造出 B × 1 × T × T 的掩码，用不上 FlashAttention；换个名字注册同一个函数，就只传
-    # is_causal=True（只许看前面）。它不看 padding，所以续写时一次只生成一条
     transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     torch.manual_seed(s.seed)
     model = GPT2(transformers.GPT2Config(
-        vocab_size=s.vocab_size, n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, n_positions=s.block_size,
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
+        n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, vocab_size=s.vocab_size,
+        n_positions=s.block_size, bos_token_id=BOS, eos_token_id=EOS,
+        pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
         activation_function="gelu_pytorch_tanh",  # 与 gelu_new 是同一个函数，融合成一个核，少存三份中间结果
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,  # 文字只读一两遍，不用 dropout
         attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
     return model
 
 def orthogonalize(matrix, steps=5):
-    """Newton–Schulz 迭代：把 (..., m, n) 的矩阵近似换成奇异值全为 1 的矩阵。系数来自 Keller Jordan 的 Muon。"""
-    # 先除以范数，每个数都不超过 1，所以显卡上用 2 字节的数就够，fp16 也不会溢出；CPU 上那样反而慢
     ampere = matrix.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
     x = matrix.float() / (matrix.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(torch.bfloat16 if ampere else torch.float16 if matrix.is_cuda else torch.float32)
@@ -452,7 +447,6 @@ def orthogonalize(matrix, steps=5):
     return (x.mT if tall else x).to(matrix.dtype)
 
 class Muon(torch.optim.AdamW):
-
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -476,7 +470,8 @@ def parameter_groups(model, learning_rate, muon_learning_rate):
     groups = {}
     for name, p in model.named_parameters():
         split = (3 if "c_attn" in name else 1) if p.ndim == 2 and ".h." in name else 0
-        group = dict(lr=muon_learning_rate if split else learning_rate, weight_decay=WEIGHT_DECAY * (p.ndim == 2), split=split)
+        group = {"split": split, "lr": muon_learning_rate if split else learning_rate,
+                 "weight_decay": WEIGHT_DECAY if p.ndim == 2 else 0.0}
         groups.setdefault(str(group), group | {"params": []})["params"].append(p)
     return list(groups.values())
 
@@ -486,7 +481,8 @@ def learning_rate_scale(step, total_steps):
 
 @torch.no_grad()
 def held_out_loss(model, s):
-    data, sums = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64), {"": np.zeros(3)}
+    data = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64)
+    sums = {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
         labels = data[source["start"]:source["end"]]
         inputs, padding = np.concatenate([[EOS], labels[:-1]]), (0, -len(labels) % s.block_size)
@@ -497,8 +493,8 @@ def held_out_loss(model, s):
             nats += float(model(x.to(model.device), y.to(model.device))["loss"]) * int((y != -100).sum())
         sums[f"{name}_"] = np.array([nats, source["end"] - source["start"], source["characters"]])
         sums[""] += sums[f"{name}_"]
-    return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, characters) in sums.items()
-            for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / characters))}
+    return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, chars) in sums.items()
+            for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / chars))}
 
 def append_jsonl(path, *rows):
     if RANK == 0:
@@ -515,10 +511,10 @@ def write_samples(model, tokenizer, s, step, eval_loss):
         torch.manual_seed(s.seed)
         for prompt in PROMPTS:
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-            config = transformers.GenerationConfig(max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0]
-            rows.append({"step": step, "prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True),
-                         "eval_loss": eval_loss})
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
+                                    max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
+            text = tokenizer.decode(output[0], skip_special_tokens=True)
+            rows.append({"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
     append_jsonl(s.work_dir / "samples.jsonl", *rows)
     for row in read_jsonl(s.work_dir / "samples.jsonl"):
         rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
@@ -547,10 +543,12 @@ class GPT2Trainer(transformers.Trainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        s, step, metrics = self.settings, self.state.global_step, held_out_loss(self.model.eval(), self.settings)
+        s, step = self.settings, self.state.global_step
+        self.metrics = metrics = held_out_loss(self.model.eval(), s)
         self.log(dict(metrics))
-        sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"]).replace("\n", " ")
-        print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | {sample[:60]}")
+        sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"])
+        print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | "
+              + sample[:60].replace("\n", " "))
         self.clock = time.perf_counter(), step  # 验证的时间不算进训练速度
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -565,8 +563,9 @@ class GPT2Trainer(transformers.Trainer):
             self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
             logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
                      "mfu": round(speed * s.flops_per_token / 130e12, 4)}  # 占两张 T4 峰值 130 TFLOP/s 的多少
-            print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
-                  f" | MFU {logs['mfu']:.0%} | 剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
+            print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | "
+                  f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | "
+                  f"剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
         if "loss" in logs or "eval_loss" in logs:
             finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
             append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
@@ -615,7 +614,8 @@ def build_trainer(s, checkpoint):
 def save_final_model(work_dir, model, tokenizer):
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
-    model.generation_config = transformers.GenerationConfig(max_new_tokens=100, **SAMPLING)
+    longest = min(100, model.config.n_positions // 2)
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")

@@ -273,8 +273,8 @@ def test_stop_button(kaggle, capsys):
     """按停止键：训练进程收不到信号，看到 STOP 才停，正常退出。"""
     kaggle.s.processes = 2
     (kaggle.TEMP / "train.py").write_text(
-        f"import time\nfrom pathlib import Path\nwhile not Path({str(kaggle.STOP)!r}).exists():\n    time.sleep(0.1)\n"
-        "print('存好了')\n", encoding="utf-8")
+        f"import time\nfrom pathlib import Path\nwhile not Path({str(kaggle.STOP)!r}).exists():\n"
+        "    time.sleep(0.1)\nprint('存好了')\n", encoding="utf-8")
     threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert kaggle.run_processes(kaggle.s) == (0, "")
     shown = capsys.readouterr().out
@@ -458,9 +458,9 @@ def test_failing_training_stops_the_notebook(long_run, hub, tmp_path, monkeypatc
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     source = edited(SOURCE, tree, UPLOAD="True")
-    for old, new in {'["loss"] + (': '["loss"] + float("nan") + (', "\n    trainer = build_trainer(s, checkpoint)":
-                     '\n    if s.batch_size > 8:\n        raise torch.OutOfMemoryError("CUDA out of memory.")'
-                     "\n    trainer = build_trainer(s, checkpoint)"}.items():
+    start = "\n    trainer = build_trainer(s, checkpoint)"
+    full = '\n    if s.batch_size > 8:\n        raise torch.OutOfMemoryError("CUDA out of memory.")'
+    for old, new in {'["loss"] + (': '["loss"] + float("nan") + (', start: full + start}.items():
         assert source.count(old) == 1
         source = source.replace(old, new)
     notebook = as_notebook(source)

@@ -52,7 +52,8 @@ def remarks(node, lines):
     strings = [each.body[0] for each in functions if ast.get_docstring(each)]
     rows = {i for each in strings for i in range(each.lineno - 1, each.end_lineno)}
     rows |= {i for i in range(node.lineno - 1, node.end_lineno) if lines[i].lstrip().startswith("#")}
-    return rows
+    first = [each.body[0].end_lineno for each in functions if ast.get_docstring(each)]
+    return rows | {i for i in first if not lines[i].strip() and i < node.end_lineno}   # 说明后面的空行
 
 
 def definition(script, name, words, bare=False):

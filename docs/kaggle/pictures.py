@@ -31,7 +31,7 @@ def execute(folder):
 
 
 def take_pictures(page):
-    """每个标题以下、下一个标题以上是一张图；太长的代码只留开头和结尾。"""
+    """每个标题以下、下一个标题以上是一张图；太长的代码只留开头，太长的输出留开头和结尾。"""
     options = webdriver.ChromeOptions()
     for argument in "--headless=new", "--no-sandbox", "--window-size=1000,1600":
         options.add_argument(argument)
@@ -39,7 +39,12 @@ def take_pictures(page):
     driver.get(page.as_uri())
     driver.execute_script("""
         for (const box of document.querySelectorAll('.jp-InputArea-editor .highlight pre'))
-            if (box.scrollHeight > 500) { box.style.maxHeight = '130px'; box.style.overflow = 'hidden'; }""")
+            if (box.scrollHeight > 500) { box.style.maxHeight = '130px'; box.style.overflow = 'hidden'; }
+        for (const box of document.querySelectorAll('.jp-OutputArea-output pre')) {
+            const lines = box.textContent.trimEnd().split('\\n');
+            if (lines.length > 40)
+                box.textContent = [...lines.slice(0, 14), '……', ...lines.slice(-10)].join('\\n');
+        }""")
     for name, title in PICTURES.items():
         heading = driver.find_element(By.XPATH, f"//h2[contains(., '{title}')]")
         driver.execute_script("""
