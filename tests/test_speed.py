@@ -274,10 +274,11 @@ def test_tokens_to_reach():
 # ==== 提交的表就是提交的数据 ====
 
 def test_committed_recipe_table(tmp_path):
-    for path in (RESULTS / "recipe" / "small").iterdir():
+    committed = RESULTS / "recipe" / "small"
+    for path in committed.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe.write_table(tmp_path)
-    assert (tmp_path / "README.md").read_text("utf-8") == (RESULTS / "recipe/small/README.md").read_text("utf-8")
+    assert (tmp_path / "README.md").read_text("utf-8") == (committed / "README.md").read_text("utf-8")
     names = {(name, seed) for name, seed, *_ in recipe.TRIALS}
     logs = {(header["name"], header["seed"]) for runs in recipe.load(tmp_path).values() for header, _ in runs}
     assert logs <= names
