@@ -84,7 +84,8 @@ QUEUE = [
     Trial(rate=8e-3, batch=512, precision="fp32"),
     *sweep([1.6e-2, 4e-3, 6.4e-2], seed=43),
     *sweep([8e-3, 2e-3, 3.2e-2, 4e-3, 1.6e-2], batch=512, seed=43),
-    *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0)],
+    *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0, 0.0625)],           # LayerNorm、偏置另用一个
+    Trial(rate=4e-3, vectors=0.25),
     Trial(rate=4e-3, **FULL),
     *sweep([6.4e-2], layers=8),
     *sweep([6.4e-2], vocab=32_000),
