@@ -82,7 +82,7 @@ SETTINGS = [
     ("fresh", bool, "丢掉检查点和日志，从头训练", False),
 ]
 # learning_rate 的默认值：(Muon 时, 只用 AdamW)；怎么定的见 results/recipe/README.md
-LEARNING_RATES = {"full": (3.6e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
+LEARNING_RATES = {"full": (3e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
 # 改了这些就是另一个模型，不能接着旧的检查点训练
 RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps",
@@ -365,7 +365,7 @@ def learning_rate_scale(step, total_steps):
     """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先线性升到 1（预热），再线性降到 0。"""
     # 预热：开头的梯度又大又乱，小步走才不会带偏。降到 0：步子越走越细，损失还会明显再降一截。
     # 例：共 11,838 步时预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964，
-    # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 3.6e-3 × 0.964 = 3.5e-3
+    # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 3e-3 × 0.964 = 2.9e-3
     warmup_steps = round(WARMUP * total_steps)
     return min((step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, total_steps - warmup_steps))
 

@@ -79,7 +79,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, pad_token_id=PAD)
-LEARNING_RATES = {"full": (3.6e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
+LEARNING_RATES = {"full": (3e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
 s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), learning_rate=LEARNING_RATES[PRESET][0],
                        preset=PRESET, work_dir=WORKING / "gpt2-chinese", optim="muon", attn="sdpa")
@@ -615,7 +615,8 @@ def save_final_model(work_dir, model, tokenizer):
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
     longest = min(100, model.config.n_positions // 2)
-    model.generation_config = transformers.GenerationConfig(max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
+    model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")
