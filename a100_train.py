@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -41,15 +42,16 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 START = time.time()
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
-SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, use_cache=True, eos_token_id=EOS, pad_token_id=PAD)
+SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, pad_token_id=PAD)
 
 
 # ==== 1. 设置 ====
 
+HOME = Path("/root/autodl-tmp" if Path("/root/autodl-tmp").is_dir() else "") / "gpt2-chinese"
 SWITCH = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上，不写是自动
 # 每行：名字、类型、说明、full（完整训练）的默认值、demo（演示）的默认值（不写就相同）
 SETTINGS = [
-    ("work_dir", Path, "一切输出所在的文件夹", Path("/root/autodl-tmp" * os.path.isdir("/root/autodl-tmp"), "gpt2-chinese")),
+    ("work_dir", Path, "一切输出所在的文件夹", HOME),
     ("corpus", list, "来源：wiki zhihu demo 或 [名字=]路径，可以几个", ["wiki", "zhihu"], ["demo"]),
     ("vocab_size", int, "词表 V：一共有多少种 token", 32_000, 4_500),
     ("n_layer", int, "层数 L", 8, 2),
@@ -79,31 +81,41 @@ SETTINGS = [
     ("prepare_only", bool, "准备好数据就停，不要显卡", False),
     ("fresh", bool, "丢掉检查点和日志，从头训练", False),
 ]
-LEARNING_RATES = {"full": (4e-3, 3e-4), "demo": (1.6e-2, 3e-3)}  # learning_rate 的默认值：(Muon 时, 只用 AdamW)
+# learning_rate 的默认值：(Muon 时, 只用 AdamW)；怎么定的见 results/recipe/README.md
+LEARNING_RATES = {"full": (3e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
-RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps", "optim",
-          "learning_rate", "muon_learning_rate", "seed"]  # 改了这些就是另一个模型，不能接着旧的检查点训练
+# 改了这些就是另一个模型，不能接着旧的检查点训练
+RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps",
+          "optim", "learning_rate", "muon_learning_rate", "seed"]
 
 
 def read_settings():
     """命令行和 SETTINGS -> 一个对象 s，s.n_layer 是层数，等等；s.given 是命令行上写明了的名字。"""
     parser = argparse.ArgumentParser(allow_abbrev=False, usage="python a100_train.py [--设置 值 ……]")
     parser.add_argument("--preset", choices=["full", "demo"], default="full", help="完整训练（默认）或演示")
-    kinds = {SWITCH: {"action": SWITCH}, bool: {"action": "store_true"}, list: {"nargs": "+", "action": "extend"}}
+    kinds = {SWITCH: {"action": SWITCH}, bool: {"action": "store_true"},
+             list: {"action": "extend", "nargs": "+"}}
     for name, kind, text, *defaults in SETTINGS:
-        parser.add_argument(f"--{name}", help=f"{text}（默认 {'；演示 '.join(map(str, defaults))}）", default=argparse.SUPPRESS,
-                            **kinds.get(kind, {"type": kind}))
+        text += f"（默认 {'，演示 '.join(map(str, defaults))}）" if defaults[0] else ""
+        how = kinds.get(kind, {"type": kind})
+        parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args())
     column = 3 if given["preset"] == "full" else -1
     s = argparse.Namespace(**{row[0]: row[column] for row in SETTINGS} | given, given=sorted(given))
-    whole = s.effective_batch_size // WORLD_SIZE
-    s.batch_size = whole if s.batch_size == "auto" else int(s.batch_size) if str(s.batch_size).isdecimal() else 0
+    if s.batch_size == "auto":
+        s.batch_size = s.effective_batch_size // WORLD_SIZE
+    if not str(s.batch_size).isdecimal():
+        fail(f"--batch_size 是 {s.batch_size}；要一个大于 0 的整数，或 auto")
+    s.batch_size = int(s.batch_size)
     for name, value in vars(s).items():
-        if type(value) in (int, float) and not (name not in ("max_steps", "seed")) * 1e-9 <= value < 2**32:
+        low = 0 if name in ("max_steps", "seed") or isinstance(value, bool) else 1e-9
+        if isinstance(value, (int, float)) and not low <= value < 2**32:
             fail(f"--{name} 是 {value}；要一个大于 0 的数")
-    if s.n_embd % s.n_head or s.effective_batch_size % (s.batch_size * WORLD_SIZE):
-        fail(f"--n_embd {s.n_embd} 要是 --n_head {s.n_head} 的整数倍，--effective_batch_size {s.effective_batch_size} 要是 "
-             f"--batch_size {s.batch_size} × {WORLD_SIZE} 个进程的整数倍")
+    if s.n_embd % s.n_head:
+        fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍；每个头的维数要相等")
+    if s.effective_batch_size % (s.batch_size * WORLD_SIZE):
+        fail(f"--effective_batch_size {s.effective_batch_size} 不是 --batch_size {s.batch_size} × {WORLD_SIZE} "
+             f"个进程的整数倍；把 --batch_size 改成它的约数")
     return s
 
 
@@ -117,23 +129,25 @@ def choose_speed(s):
     cuda = torch.cuda.is_available() and s.device in ("auto", "cuda")
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
     ampere, compiler = capability >= (8, 0), has("triton") if cuda else bool(shutil.which("g++"))
+    flash = has("flash_attn")
     trusted = not torch.__version__.startswith("2.10.")  # 2.10 的 compile 在 A100 上出过 NaN，默认不开
     possible = {  # 每个设置在这里办得到的值，最好的在前
         "device": ["cuda"] * cuda + ["cpu"] + ["mps"] * torch.backends.mps.is_available(),
         "precision": ["bf16"] * ampere + ["fp16"] * cuda + ["fp32"],
-        "attn": ["flash_attention_2"] * (ampere and has("flash_attn") and s.precision != "fp32") + ["sdpa", "eager"],
+        "attn": ["flash_attention_2"] * (ampere and flash and s.precision != "fp32") + ["sdpa", "eager"],
         "optim": ["muon", "adamw_torch_fused", "adamw_torch"] + ["adamw_bnb_8bit"] * has("bitsandbytes"),
         "compile": [True] * (ampere and compiler and trusted) + [False] + [True] * compiler,
         "tf32": [True] * ampere + [False], "liger": [False] + [True] * (cuda and has("liger_kernel")),
-        "report_to": ["none"] + [name for name in ("tensorboard", "swanlab", "trackio", "wandb") if has(name)]}
+        "report_to": ["none", *filter(has, ("tensorboard", "swanlab", "trackio", "wandb"))]}
     for name, values in possible.items():
         vars(s)[name] = values[0] if vars(s)[name] in ("auto", None) else vars(s)[name]
         if vars(s)[name] not in values:
             fail(f"--{name} {vars(s)[name]} 在这里办不到（缺显卡、软件包或编译器），可以是 {values}")
     s.learning_rate = s.learning_rate or LEARNING_RATES[s.preset][s.optim != "muon"]
     if cuda:
-        print(f"计算能力 {capability}，torch {torch.__version__}，flash-attn 包{'有' if has('flash_attn') else '没有（不要紧）'}")
-    elif s.device == "cpu" and s.preset == "full" and not {"max_steps", "device", "prepare_only"} & set(s.given):
+        print(f"计算能力 {capability}，torch {torch.__version__}，flash-attn 包{'有' if flash else '没有（不要紧）'}")
+    asked = {"max_steps", "device", "prepare_only"} & set(s.given)
+    if s.device == "cpu" and s.preset == "full" and not asked:
         fail("没有 CUDA 显卡，CPU 上要几个月。先看演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu")
 
 
@@ -148,14 +162,15 @@ def derive(s):
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
     per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 怎么来的见第 3 节
     s.parameters = (s.vocab_size + s.block_size) * s.n_embd + s.n_layer * per_layer + 2 * s.n_embd
-    # 一个 token 的浮点运算（PaLM 论文附录 B）：每个参数前向 2 次、反向 4 次，另加注意力里位置的两两相乘
-    s.flops_per_token = 6 * (s.parameters - s.block_size * s.n_embd) + 12 * s.n_layer * s.n_embd * s.block_size
+    # 一个 token 的浮点运算（PaLM 论文附录 B）：每个参数前向 2 次、反向 4 次，位置向量不算，另加注意力里位置的两两相乘
+    s.flops_per_token = 6 * s.parameters + (12 * s.n_layer - 6) * s.block_size * s.n_embd
     need = s.parameters * (3 * 12 + 4 + 2 * 12 * s.snapshots)  # 检查点（fp32 权重和优化器）× 3，最终模型，bf16 快照 × 12
     if shutil.disk_usage(s.work_dir).free < need:
         fail(f"{s.work_dir} 的磁盘不够：训练要 {need / 2**30:.1f} GB；清出空间，或换 --work_dir，或加 --no-snapshots")
     s.device_name = torch.cuda.get_device_name() if s.device == "cuda" else s.device
     print(f"{s.device_name}，{s.precision}，{s.attn}，{s.optim}，compile {s.compile}，{s.parameters:,} 参数，"
-          f"{s.train_tokens:,} 个训练 token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步，读 {s.total_steps / s.steps_per_epoch:.2f} 遍")
+          f"{s.train_tokens:,} 个训练 token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步，"
+          f"读 {s.total_steps / s.steps_per_epoch:.2f} 遍")
 
 
 # ==== 2. 数据：文字 → token → 块 ====
@@ -171,7 +186,8 @@ def prepare(s, checkpoint):
         run_script("prepare_corpus.py", corpus, flag, "--corpus", *s.corpus)
     corpus_hash, old = read_report(corpus)["corpus_hash"], read_report(tokenizer)
     if old.get("corpus_hash") != corpus_hash or "vocab_size" in s.given and old["vocab_size"] != s.vocab_size:
-        run_script("train_tokenizer.py", tokenizer, flag, "--vocab_size", s.vocab_size, "--corpus_dir", corpus)
+        run_script("train_tokenizer.py", tokenizer, flag, "--corpus_dir", corpus,
+                   "--vocab_size", s.vocab_size)
     s.key, path = [corpus_hash, read_report(tokenizer)["key"]], s.work_dir / "config.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in RECIPE if checkpoint else []:
@@ -190,7 +206,8 @@ def encode(sp, texts):
     """一批文档 -> 一维 uint16 数组。每篇后面跟一个 </s>，文档之间只有它：模型由它学会一篇在哪里结束。"""
     # SentencePiece 在超长的字符串上会累积误差，所以切成页，尽量在行尾切：换行自成一个词块，切开不改变编号
     documents = [re.findall(r"(?s).{1,8000}(?:\n|\Z)|.{1,8000}", text) for text in texts]
-    ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(), return_type="numpy")
+    ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(),
+                    return_type="numpy")
     for last in np.cumsum([len(pages) for pages in documents]) - 1:
         ids[last] = np.append(ids[last], EOS)
     return np.concatenate(ids).astype(np.uint16)
@@ -208,13 +225,13 @@ def pack(s):
     with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
             tokens = encode(sp, texts)
-            tokens.tofile(file)
+            file.write(tokens)  # 不用 tofile：磁盘满时它的 OSError 没有错误号
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
     pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
     with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
             tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            tokens.tofile(file)
+            file.write(tokens)
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
@@ -278,8 +295,9 @@ def build_model(s):
     transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     torch.manual_seed(s.seed)
     model = GPT2(transformers.GPT2Config(
-        vocab_size=s.vocab_size, n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, n_positions=s.block_size,
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
+        n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, vocab_size=s.vocab_size,
+        n_positions=s.block_size, bos_token_id=BOS, eos_token_id=EOS,
+        pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
         activation_function="gelu_pytorch_tanh",  # 与 gelu_new 是同一个函数，融合成一个核，少存三份中间结果
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,  # 文字只读一两遍，不用 dropout
         attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
@@ -337,7 +355,8 @@ def parameter_groups(model, learning_rate, muon_learning_rate):
     groups = {}
     for name, p in model.named_parameters():
         split = (3 if "c_attn" in name else 1) if p.ndim == 2 and ".h." in name else 0
-        group = dict(lr=muon_learning_rate if split else learning_rate, weight_decay=WEIGHT_DECAY * (p.ndim == 2), split=split)
+        group = {"split": split, "lr": muon_learning_rate if split else learning_rate,
+                 "weight_decay": WEIGHT_DECAY if p.ndim == 2 else 0.0}
         groups.setdefault(str(group), group | {"params": []})["params"].append(p)
     return list(groups.values())
 
@@ -346,7 +365,7 @@ def learning_rate_scale(step, total_steps):
     """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先线性升到 1（预热），再线性降到 0。"""
     # 预热：开头的梯度又大又乱，小步走才不会带偏。降到 0：步子越走越细，损失还会明显再降一截。
     # 例：共 11,838 步时预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964，
-    # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 4e-3 × 0.964 = 3.9e-3
+    # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 3e-3 × 0.964 = 2.9e-3
     warmup_steps = round(WARMUP * total_steps)
     return min((step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, total_steps - warmup_steps))
 
@@ -357,7 +376,8 @@ def learning_rate_scale(step, total_steps):
 def held_out_loss(model, s):
     """验证集上的损失：每个来源的每一个 token（包括 </s>）恰好被预测一次。返回 {"eval_loss", "eval_bits_per_char", ……}。"""
     # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字数，与分词器无关：照这个模型压缩，一个字占多少比特
-    data, sums = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64), {"": np.zeros(3)}
+    data = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64)
+    sums = {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
         labels = data[source["start"]:source["end"]]
         inputs, padding = np.concatenate([[EOS], labels[:-1]]), (0, -len(labels) % s.block_size)
@@ -368,8 +388,8 @@ def held_out_loss(model, s):
             nats += float(model(x.to(model.device), y.to(model.device))["loss"]) * int((y != -100).sum())
         sums[f"{name}_"] = np.array([nats, source["end"] - source["start"], source["characters"]])
         sums[""] += sums[f"{name}_"]
-    return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, characters) in sums.items()
-            for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / characters))}
+    return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, chars) in sums.items()
+            for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / chars))}
 
 
 def write_samples(model, tokenizer, s, step, eval_loss):
@@ -380,10 +400,10 @@ def write_samples(model, tokenizer, s, step, eval_loss):
         torch.manual_seed(s.seed)
         for prompt in PROMPTS:
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-            config = transformers.GenerationConfig(max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0]
-            rows.append({"step": step, "prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True),
-                         "eval_loss": eval_loss})
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
+                                    max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
+            text = tokenizer.decode(output[0], skip_special_tokens=True)
+            rows.append({"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
     append_jsonl(s.work_dir / "samples.jsonl", *rows)
     for row in read_jsonl(s.work_dir / "samples.jsonl"):
         rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
@@ -395,7 +415,8 @@ def write_samples(model, tokenizer, s, step, eval_loss):
 
 def save_snapshot(model, s, step, metrics):
     """第 0、100、200、500、1,000、2,000、5,000……步和最后一步，把权重（bf16）留一份；metrics 是最近一次验证的结果。"""
-    if not s.snapshots or RANK > 0 or step not in (0, s.total_steps) and not re.fullmatch("[125]0{2,}", str(step)):
+    wanted = step in (0, s.total_steps) or re.fullmatch("[125]0{2,}", str(step))
+    if RANK > 0 or not s.snapshots or not wanted:
         return
     folder = s.work_dir / "snapshots" / f"step-{step}"
     model.save_pretrained(folder, state_dict={name: p.bfloat16() for name, p in model.state_dict().items()})
@@ -435,12 +456,13 @@ class GPT2Trainer(transformers.Trainer):
 
     def evaluate(self, *args, **kwargs):
         """验证、续写。几个进程时各自算同样的东西，只有 0 号写文件。"""
-        s, step, metrics = self.settings, self.state.global_step, held_out_loss(self.model.eval(), self.settings)
+        s, step = self.settings, self.state.global_step
+        self.metrics = metrics = held_out_loss(self.model.eval(), s)
         self.log(dict(metrics))
-        self.metrics = metrics
         save_snapshot(self.model, s, step, metrics)
-        sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"]).replace("\n", " ")
-        print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | {sample[:60]}")
+        sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"])
+        print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | "
+              + sample[:60].replace("\n", " "))
         self.clock = time.perf_counter(), step  # 验证的时间不算进训练速度
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -457,8 +479,9 @@ class GPT2Trainer(transformers.Trainer):
             self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
             logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
                      "mfu": round(speed * s.flops_per_token / 312e12, 4)}  # 占 A100 的 bf16 峰值 312 TFLOP/s 的多少
-            print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
-                  f" | MFU {logs['mfu']:.0%} | 剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
+            print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | "
+                  f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | "
+                  f"剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
         if "loss" in logs or "eval_loss" in logs:
             finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
             append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
@@ -467,10 +490,10 @@ class GPT2Trainer(transformers.Trainer):
 
 def build_trainer(s, checkpoint, stop):
     """模型、数据和 Trainer；checkpoint 不是 None 就是接着训练。"""
-    model, packed, callbacks, swanlab = build_model(s), s.work_dir / "packed", [stop], s.report_to == "swanlab"
+    model, packed, callbacks = build_model(s), s.work_dir / "packed", [stop]
     if s.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if swanlab:  # transformers 自带的那个，在 swanlab 0.8 上会崩溃
+    if s.report_to == "swanlab":  # transformers 自带的那个，在 swanlab 0.8 上会崩溃
         from swanlab.integration.transformers import SwanLabCallback
         callbacks.append(SwanLabCallback(project="gpt2-chinese"))
     arguments = transformers.TrainingArguments(
@@ -484,7 +507,8 @@ def build_trainer(s, checkpoint, stop):
         train_sampling_strategy="sequential",  # BlockStream 已经排好次序
         remove_unused_columns=False, ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,  # True 会让每个微批量都等 GPU 一次
-        logging_steps=s.logging_steps, logging_first_step=True, report_to="none" if swanlab else s.report_to,
+        logging_steps=s.logging_steps, logging_first_step=True,
+        report_to="none" if s.report_to == "swanlab" else s.report_to,
         eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
         save_strategy="steps", save_steps=s.eval_steps, save_total_limit=2, disable_tqdm=True)
     if arguments.n_gpu > 1:
@@ -497,9 +521,10 @@ def build_trainer(s, checkpoint, stop):
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
     # 分词器不走 processing_class：那样 Trainer 会给模型设上 pad_token_id
-    trainer.settings, trainer.tokenizer = s, transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
-    trainer.elapsed = max([row.get("elapsed_seconds", 0) for row in read_jsonl(s.work_dir / "train_log.jsonl")] + [0])
-    trainer.clock = time.perf_counter(), step_of(checkpoint)
+    trainer.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
+    trainer.settings, trainer.clock = s, (time.perf_counter(), step_of(checkpoint))
+    rows = read_jsonl(s.work_dir / "train_log.jsonl")
+    trainer.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
     return trainer
 
 
@@ -514,11 +539,8 @@ def train(s, checkpoint, stop):
             return trainer
         except torch.OutOfMemoryError:
             if s.batch_size % 2 or WORLD_SIZE > 1:  # 几个进程时只有一个减半，别的会永远等它
-                fail(f"显存不够：微批量 {s.batch_size} 放不下。减半 --batch_size 再跑（结果不变），或加 --gradient_checkpointing")
-        except (RuntimeError, safetensors.SafetensorError) as error:  # 存盘时磁盘满了，torch 报成别的错
-            if not re.search("No space left|PytorchStreamWriter", str(error)):
-                raise
-            raise OSError(28, "No space left on device", str(s.work_dir)) from None
+                sys.exit(f"错误：显存放不下微批量 {s.batch_size}。减半 --batch_size 再跑（结果不变），"
+                         f"或加 --gradient_checkpointing")
         trainer = None  # 放掉显存
         torch.cuda.empty_cache()
         s.batch_size, checkpoint = s.batch_size // 2, newest_checkpoint(s.work_dir)
@@ -528,6 +550,8 @@ def train(s, checkpoint, stop):
 # ==== 7. 主程序 ====
 
 def main():
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # 几个进程时只有 0 号说话
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 与词向量共用的输出层，检查点里本来就没有
         lambda record: "lm_head.weight" not in record.getMessage())
@@ -536,11 +560,16 @@ def main():
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
     s.work_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(s.work_dir / ".lock", timeout=0)  # 一个工作目录只许一个训练
-    with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
-        if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
-            lock.acquire()
-            prepare(s, checkpoint)
-            pack(s)
+    try:
+        with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
+            if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
+                lock.acquire()
+                prepare(s, checkpoint)
+                pack(s)
+    except RuntimeError:
+        if RANK == 0:
+            raise
+        sys.exit(1)  # 0 号出错退出了，它已经说了那一行
     if s.prepare_only:
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
@@ -550,20 +579,25 @@ def main():
     if s.device == "cpu" and sys.platform == "linux":  # glibc 默认一释放内存就还给系统，再要时逐页清零：慢两成
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
     stop = StopRequest(s.max_hours)
-    trainer = train(s, checkpoint, stop)
+    with disk_full_is_oserror(s.work_dir):
+        trainer = train(s, checkpoint, stop)
+        if trainer.state.global_step == s.total_steps and RANK == 0:
+            save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
     if trainer.state.global_step < s.total_steps:
         again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：python {again}")
+        local = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={local}"
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{launcher} {again}")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)
-    if RANK == 0:
-        save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 
 def save_final_model(work_dir, model, tokenizer):
     """写 final_model/，再画曲线。"""
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
-    model.generation_config = transformers.GenerationConfig(max_new_tokens=100, **SAMPLING)
+    longest = min(100, model.config.n_positions // 2)
+    model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
     if (plot := Path(__file__).with_name("plot_loss.py")).exists():
@@ -585,7 +619,8 @@ def run_script(name, output, *arguments):
         fail(f"缺少 {name}：请把它放在 {Path(__file__).name} 旁边，或先准备好 {output}")
     with filelock.FileLock(output.with_name(f".{output.name}.lock")):
         print(f"── 运行 {name}")  # 上次的训练被强行杀掉时，它的子进程可能还在写：拿到锁才是写完了
-    if code := subprocess.run([sys.executable, script, "--output_dir", output, *map(str, arguments)]).returncode:
+    command = [sys.executable, script, "--output_dir", output, *map(str, arguments)]
+    if code := subprocess.run(command).returncode:
         sys.exit(code)
 
 
@@ -603,7 +638,8 @@ def newest_checkpoint(work_dir):
                 for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
                     torch.load(path / name, map_location="cpu", weights_only=True)
             return path
-        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError,
+                safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
 
 
@@ -616,6 +652,17 @@ def rewind(work_dir, checkpoint):
         kept = [row for row in read_jsonl(path) if checkpoint and row["step"] <= step_of(checkpoint)]
         path.unlink(missing_ok=True)
         append_jsonl(path, *kept)
+
+
+@contextmanager
+def disk_full_is_oserror(folder):
+    """磁盘满时 torch 和 safetensors 抛的不是 OSError；换成 OSError，run() 才认得。"""
+    try:
+        yield
+    except (RuntimeError, safetensors.SafetensorError):
+        if shutil.disk_usage(folder).free < 10 << 20:
+            raise OSError(28, f"写不进 {folder}") from None
+        raise
 
 
 def read_jsonl(path):

@@ -44,7 +44,7 @@ PRESETS = {
 REQUIRED = {"torch", "transformers", "accelerate", "sentencepiece", "pyarrow", "matplotlib", "filelock"}
 HUB, MIRROR, MODELSCOPE = "https://huggingface.co", "https://hf-mirror.com", "https://www.modelscope.cn"
 WIKI = "wikipedia-cn-20230720-filtered"      # 拿这个数据集（521 MB）的开头测下载速度
-# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格；与 a100_train.py 相同
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "4090": 165,
                "3090": 71, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
 

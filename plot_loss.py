@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """第 4 步：画损失曲线（loss curve）。读训练目录里的 train_log.jsonl 和 config.json，写一张 PNG，约一秒。
 
-    python plot_loss.py                                   # 画 gpt2-chinese/；训练时每次评估后也会自己画一张
+    python plot_loss.py                                   # 画 gpt2-chinese/；训练完会自己画一张
     python plot_loss.py run_a run_b --output compare.png  # 比较两次训练；分词器不同就用每字比特
 
 怎么看：浅色是每次日志的训练损失，深色是它的平均，圆点是验证集（没有拿来训练的文字）。横线是两把尺子：ln V 是对 V 个词块

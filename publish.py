@@ -19,12 +19,12 @@ from huggingface_hub.errors import HTTPError
 
 WORK_DIR = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
 WAITS = (2, 10, 30)          # 忙（429、5xx）或断线：等这么多秒再来，都不行才停
-LOGS = ("train_log.jsonl", "samples.jsonl", "loss_curve.png", "config.json", "corpus/README.md")
-NAMES = {"config.json": "run_config.json", "corpus/README.md": "corpus_card.md"}      # 在仓库里改叫的名字
+LOGS = {"train_log.jsonl": "train_log.jsonl", "samples.jsonl": "samples.jsonl",       # 仓库里的名字: 工作目录里的
+        "loss_curve.png": "loss_curve.png", "corpus_card.md": "corpus/README.md"}
 FIELDS = {"parameters": "参数", "n_layer": "层数", "n_embd": "维数", "n_head": "注意力的头数", "vocab_size": "词表",
           "block_size": "上下文（词块）", "effective_batch_size": "每步的块数", "total_steps": "步数", "optim": "优化器",
           "learning_rate": "学习率", "muon_learning_rate": "Muon 的学习率", "lr_schedule": "学习率怎样变",
-          "weight_decay": "权重衰减", "seed": "种子", "device_name": "硬件", "command": "命令"}
+          "weight_decay": "权重衰减", "seed": "种子", "device_name": "硬件", "precision": "精度"}
 
 
 def parse_args():
@@ -46,7 +46,7 @@ pipeline_tag: text-generation
 
 # 中文 GPT-2{demo}
 
-从零训练的中文语言模型，只会接着写，没有学过对话。下面的数都来自训练的记录：`run_config.json`、`train_log.jsonl`、`samples.jsonl`。
+从零训练的中文语言模型，只会接着写，没有学过对话。下面的数都来自训练的记录（设置、`train_log.jsonl`、`samples.jsonl`、语料的计数），不是手写的。
 
 ```python
 from transformers import pipeline
@@ -142,7 +142,7 @@ def collect(what, work_dir, repo):
     if what == "model":
         snapshots = sorted(work_dir.glob("snapshots/step-*/*"))
         files |= {path.relative_to(work_dir).as_posix(): path for path in snapshots}
-        files |= {NAMES.get(name, name): work_dir / name for name in LOGS if (work_dir / name).exists()}
+        files |= {name: work_dir / source for name, source in LOGS.items() if (work_dir / source).exists()}
         files["README.md"] = model_card(work_dir, repo).encode()
     return files
 

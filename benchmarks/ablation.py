@@ -9,13 +9,14 @@
 也就是噪声有多大。写 results/ablation-<设备>.json（每量完一行就写一次）和 .md。每一行是一个新进程里的 a100_train.py；使用者用不着的
 开关（有掩码的 sdpa、原版 forward、gelu_new……）由 patched_train.py 的补丁打开。各列：
     token/s    预热以后各段的中位数；编译和预热另列为“首段多花”
-    MFU        token/s × (6N + 12·L·d·T) ÷ 峰值，峰值是本机实测的大矩阵乘（显卡 bf16，CPU fp32）
+    MFU        token/s × (6N + 12·L·d·T) ÷ 峰值，峰值是本机实测的大矩阵乘（显卡 bf16，CPU fp32）；日志里是对 A100 的 312 TFLOP/s
     峰值内存   显卡上是 torch 分配过的最大值；CPU 上是进程的峰值常驻内存，含 Python 和各个库
     验证损失   同一个种子、同样步数之后的
 这台机器上办不到的行记为“未测”，附上原因，不猜。
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -27,38 +28,37 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, fresh_copy, prepare, provenance, train, write_atomic
+from common import ROOT, link_data, prepare, provenance, train, write_atomic
 
 CUDA, UNCHANGED = torch.cuda.is_available(), "（不改）"
+CHOSEN = ("device", "precision", "attn", "optim", "compile", "tf32", "liger")
 SIZES = {
     # 完整模型：与公开参考同样大小，每步 96 × 1,024 = 98,304 token
     "full": dict(flags={"--preset": "full"}, micro=[8, 16, 24, 32, 48, 96], steps=60, window=5),
     # 演示大小：只证明这个程序能跑，数字属于 CPU
     "tiny": dict(flags={"--preset": "demo", "--device": "cpu"}, micro=[4, 8, 16, 32], steps=36, window=3),
 }
+MASK, FORWARD, GELU = "attention=padding_mask", "forward=transformers", "config.activation_function="
+LAYERNORM, WORKERS = "layernorm=liger", "args.dataloader_num_workers="
 # 公开参考（WilsonWang01/gpt2-chinese-pretrain 的 a100_train.py）与默认不同的地方；CPU 上没有的略去
 REFERENCE = {"--optim": "adamw_bnb_8bit" if CUDA else "adamw_torch", "--learning_rate": "3e-4",
-             "--warmup_ratio": "0.17", "--num_workers": str(min(8, os.cpu_count())),
-             **({"--liger": True, "--attn": "sdpa"} if CUDA else {})}
-REFERENCE_PATCHES = ["forward=transformers", "attention=padding_mask", "config.activation_function=gelu_new",
-                     "args.adam_beta2=0.999", "args.logging_nan_inf_filter=true",
-                     *(["liger=layernorm"] if CUDA else [])]
+             **({"--attn": "sdpa"} if CUDA else {})}
+REFERENCE_PATCHES = ["schedule=cosine", "WARMUP=0.17", "BETAS=[0.9,0.999]", FORWARD, MASK, GELU + "gelu_new",
+                     "args.logging_nan_inf_filter=true", WORKERS + str(min(8, os.cpu_count())),
+                     *([LAYERNORM] if CUDA else [])]
 
 
 def changes(base, size):
-    """要量的每一行：(名字, 改的参数, 加的补丁, 去掉的补丁, 要什么设备：False、cuda 或 cpu)。"""
-    from_reference = base == "reference"
-    mask, forward = "attention=padding_mask", "forward=transformers"
+    """要量的每一行：(名字, 改的参数, 加的补丁, 去掉的补丁（按开头认）, 要什么设备：False、cuda 或 cpu)。"""
     yield UNCHANGED, {}, [], [], False
     yield "注意力 eager", {"--attn": "eager"}, [], [], False
-    yield "注意力 sdpa，带 padding 掩码", {"--attn": "sdpa"}, [mask], [], False
-    yield "注意力 sdpa，只用 is_causal", {"--attn": "sdpa"}, [], [mask], False
-    yield "注意力 flash_attention_2", {"--attn": "flash_attention_2"}, [], [mask], "cuda"
-    yield "损失：原版 forward，另交出 fp32 logits", {}, [forward], [], False
-    yield "损失：只返回损失", {}, [], [forward], False
+    yield "注意力 sdpa，带 padding 掩码", {"--attn": "sdpa"}, [MASK], [], False
+    yield "注意力 sdpa，只用 is_causal", {"--attn": "sdpa"}, [], [MASK], False
+    yield "注意力 flash_attention_2", {"--attn": "flash_attention_2"}, [], [MASK], "cuda"
+    yield "损失：原版 forward，另交出 fp32 logits", {}, [FORWARD], [], False
+    yield "损失：只返回损失", {}, [], [FORWARD], False
     for kind in ("gelu_new", "gelu_pytorch_tanh", "gelu"):
-        patch = [f"config.activation_function={kind}"]
-        yield f"激活 {kind}", {}, patch, ["config.activation_function=gelu_new"], False
+        yield f"激活 {kind}", {}, [GELU + kind], [GELU], False
     for kind in ("adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch", "muon"):
         yield f"优化器 {kind}", {"--optim": kind}, [], [], False
     for kind in ("bf16", "fp16", "fp32"):
@@ -68,11 +68,10 @@ def changes(base, size):
     yield "TF32 关（fp32）", {"--no-tf32": True, "--precision": "fp32"}, [], [], "cuda"
     yield "TF32 开（fp32）", {"--tf32": True, "--precision": "fp32"}, [], [], "cuda"
     yield "重算激活", {"--gradient_checkpointing": True}, [], [], False
-    for kind, name in (("layernorm", "LayerNorm"), ("loss", "输出层 + 交叉熵融合")):
-        yield f"Liger {name}", {"--liger": True}, [f"liger={kind}"], ["liger=layernorm"], "cuda"
-    yield "Liger 两样都要", {"--liger": True}, [], ["liger=layernorm"], "cuda"
-    if from_reference:
-        yield "Liger 关", {"--liger": None}, [], ["liger=layernorm"], "cuda"
+    yield "Liger LayerNorm", {}, [LAYERNORM], [], "cuda"
+    yield "Liger 输出层 + 交叉熵融合", {"--liger": True}, [], [LAYERNORM, FORWARD], "cuda"
+    yield "Liger 两样都要", {"--liger": True}, [LAYERNORM], [FORWARD], "cuda"
+    yield "Liger 关", {}, [], [LAYERNORM], "cuda"
     yield "compile 关", {"--no-compile": True}, [], [], False
     yield "compile 默认模式", {"--compile": True}, [], [], False
     for mode in ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
@@ -81,11 +80,10 @@ def changes(base, size):
         yield f"微批量 {micro}", {"--batch_size": str(micro)}, [], [], False
     if size == "full":
         yield "微批量 128（有效批量 128）", {"--batch_size": "128", "--effective_batch_size": "128"}, [], [], "cuda"
-    for workers in (0, 2, 4, 8):
-        yield f"读数据进程 {workers}", {"--num_workers": str(workers)}, [], [], False
-    if not from_reference:
-        yield "词表 + 1（不是 64 的倍数）", {}, ["vocab_extra=1"], [], False
-        yield "词表补到 64 的倍数", {}, ["vocab_extra=pad64"], [], False
+    for workers in (0, 2, 8):
+        yield f"读数据进程 {workers}", {}, [WORKERS + str(workers)] if workers else [], [WORKERS], False
+    if base == "default":
+        yield "词表 + 1（奇数）", {}, ["vocab_extra=1"], [], False
         yield "每次前向查 padding", {}, ["config.pad_token_id=0"], [], False
         yield "每个微批量查 NaN", {}, ["args.logging_nan_inf_filter=true"], [], False
 
@@ -94,11 +92,9 @@ def settings(base, size, change):
     """一行的完整设置：(a100_train.py 的参数, 补丁)。"""
     _, flags, add, remove, _ = change
     merged = SIZES[size]["flags"] | (REFERENCE if base == "reference" else {}) | flags
-    patches = [p for p in (REFERENCE_PATCHES if base == "reference" else []) if p not in remove]
-    patches += [p for p in add if p not in patches]
-    arguments = [part for key, value in merged.items() if value is not None
-                 for part in ([key] if value is True else [key, value])]
-    return arguments, patches
+    kept = [p for p in REFERENCE_PATCHES if not p.startswith(tuple(remove))] if base == "reference" else []
+    arguments = [part for key, value in merged.items() for part in ([key] if value is True else [key, value])]
+    return arguments, kept + [p for p in add if p not in kept]
 
 
 def measured_peak():
@@ -116,23 +112,23 @@ def measure(base_dir, arguments, patches, steps, window, peak):
     """训练一次，返回一行的数字；办不到的返回 {"error"}。"""
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder) / "work"
-        fresh_copy(base_dir, work_dir)
-        schedule = ["--max_steps", steps, "--logging_steps", window, "--eval_steps", steps]
+        link_data(base_dir, work_dir)
+        schedule = ["--max_steps", steps, "--logging_steps", window, "--eval_steps", steps, "--no-snapshots"]
         result = train(work_dir, [*arguments, *schedule], ["extras=off", *patches], timeout=900)
-    if result["returncode"]:
-        known = result["error"].startswith("错误：")         # a100_train.py 自己说办不到；否则是真的出了错
+    if result["error"]:
+        known = result["error"].startswith("错误：")  # a100_train.py 自己说办不到；否则是真的出了错
         return {"error": result["error"].removeprefix("错误："), "failed": not known}
     logs = [row for row in result["rows"] if "loss" in row]
-    speeds = [row["tokens_per_second"] for row in logs[2:]]             # 头两段在编译和预热
+    speeds = [row["tokens_per_second"] for row in logs[2:]]  # 第 1 步和头一段在编译和预热
     speed, config = statistics.median(speeds), result["config"]
-    tokens = window * config["effective_batch_size"] * config["block_size"]
+    usual = logs[1]["step"] * config["tokens_per_step"] / speed
     return {"tokens_per_second": round(speed, 1), "slowest": min(speeds), "fastest": max(speeds),
-            "windows": len(speeds), "first_window_extra_seconds": round(
-                logs[1]["elapsed_seconds"] - 2 * tokens / speed, 2),
+            "windows": len(speeds),
+            "first_window_extra_seconds": round(logs[1]["elapsed_seconds"] - usual, 2),
             "mfu": round(speed * config["flops_per_token"] / peak, 4),
             "eval_loss": result["rows"][-1]["eval_loss"], "train_loss": round(logs[-1]["loss"], 4),
-            "parameters": config["parameters"], "speed": config["speed"], "wall_seconds": result["seconds"],
-            **result["report"]}
+            "parameters": config["parameters"], "chosen": {key: config[key] for key in CHOSEN},
+            "wall_seconds": result["seconds"], **result["report"]}
 
 
 def table(rows, base):
@@ -159,7 +155,8 @@ def write_results(path, document):
     lines = [f"# 加速开关的消融：{document['device']}", "",
              f"命令：`{document['command']}`。日期 {document['date']}。",
              f"机器：{document['machine']}；{document['versions']}。模型 {document['size']}，每行训练 "
-             f"{document['steps']} 步，每段 {document['window']} 步。",
+             f"{document['steps']} 步，每段 {document['window']} 步。"
+             f"a100_train.py 的 SHA-256 以 {document['script']} 开头。",
              f"峰值：{document['peak_source']}，{document['peak_flops'] / 1e12:.2f} TFLOP/s；"
              "MFU = token/s × (6N + 12·L·d·T) ÷ 峰值。", ""]
     if not CUDA:
@@ -175,13 +172,13 @@ def write_results(path, document):
 
 
 def waiting(document, base, only):
-    """还没量过（或设置变了）的行：[(键, 参数, 补丁, 要什么设备)]，“不改”不在内。"""
-    found = []
+    """还没量过（或设置变了）的行：[(键, 参数, 补丁, 要什么设备)]，“不改”和什么也没有改的不在内。"""
+    found, unchanged = [], settings(base, document["size"], (UNCHANGED, {}, [], [], False))
     for change in changes(base, document["size"]):
         key, (arguments, patches) = f"{base}/{change[0]}", settings(base, document["size"], change)
         old = document["rows"].get(key, {})
         same = (old.get("arguments"), old.get("patches")) == (" ".join(arguments), patches)
-        if change[0] != UNCHANGED and not same and re.search(only or "", key):
+        if (arguments, patches) != unchanged and not same and re.search(only or "", key):
             found.append((key, arguments, patches, change[4]))
     return found
 
@@ -240,6 +237,9 @@ def main():
     device = torch.cuda.get_device_name() if CUDA else "CPU"
     path = args.results / f"ablation-{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
     document = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": {}}
+    script = hashlib.sha256((ROOT / "a100_train.py").read_bytes()).hexdigest()[:12]
+    if document.get("script") != script:  # 训练脚本改过了，旧的行不能比
+        document = {"rows": {}, "script": script}
     shape = {"size": args.size, "steps": args.steps or size["steps"], "window": args.window or size["window"]}
     if any(document.get(key, value) != value for key, value in shape.items()):
         sys.exit(f"错误：{path} 是用别的大小或步数量的；换一个 --results，或删掉它")

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +19,7 @@ LAUNCHER = ROOT / "benchmarks" / "patched_train.py"
 
 def cpu_name():
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
@@ -45,38 +45,37 @@ def read_lines(path):
 
 
 def prepare(base, arguments):
-    """语料、分词器、打包只做一次，放在 base；每次训练从这里拷。"""
+    """语料、分词器、打包只做一次，放在 base；每次训练都用它。"""
     if not (base / "packed" / "meta.json").exists():
         command = [sys.executable, str(ROOT / "a100_train.py"), *arguments, "--prepare_only",
                    "--work_dir", str(base)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def fresh_copy(base, work_dir):
-    """一个准备好数据、还没有训练过的工作目录。"""
-    shutil.rmtree(work_dir, ignore_errors=True)
+def link_data(base, work_dir):
+    """一个准备好数据、还没有训练过的工作目录：数据只是指向 base 的链接，完整语料 3 GB 不必每次都拷。"""
     work_dir.mkdir(parents=True)
     for name in ("corpus", "tokenizer", "packed"):
-        shutil.copytree(base / name, work_dir / name)
+        (work_dir / name).symlink_to((base / name).resolve(), target_is_directory=True)
 
 
-def train(work_dir, arguments, patches=(), threads=None, timeout=None):
-    """以子进程训练一次。返回 {"returncode", "error", "rows"（日志）, "config", "peak_memory_bytes", "seconds"}。"""
+def train(work_dir, arguments, patches=(), timeout=None):
+    """以子进程训练一次。返回 {"error"（成功是 None）, "rows"（日志）, "config", "report", "seconds"}。"""
     report = work_dir / "report.json"
     command = [sys.executable, str(LAUNCHER), *(part for patch in patches for part in ("--patch", patch)),
                "--report", str(report), "--", *map(str, arguments), "--work_dir", str(work_dir)]
-    environment = dict(os.environ)
-    if threads:
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    start = time.time()
+    start, error = time.time(), None
     try:
-        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                                 timeout=timeout, encoding="utf-8")
-        code, lines = process.returncode, process.stderr.strip().splitlines()
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                                 encoding="utf-8")
+        smaller = re.search("显存不够.*", process.stdout)  # 微批量减半后接着训练的，不是要量的那一个
+        if process.returncode or smaller:
+            lines = process.stderr.strip().splitlines() or ["没有输出"]
+            error = lines[-1][:200] if process.returncode else f"错误：{smaller[0]}"
     except subprocess.TimeoutExpired:
-        code, lines = 124, [f"超过 {timeout:.0f} 秒没有跑完"]
-    result = {"returncode": code, "error": (lines or ["没有输出"])[-1][:200] if code else None,
-              "seconds": round(time.time() - start, 1), "rows": read_lines(work_dir / "train_log.jsonl")}
+        error = f"超过 {timeout:.0f} 秒没有跑完"
+    result = {"error": error, "seconds": round(time.time() - start, 1),
+              "rows": read_lines(work_dir / "train_log.jsonl")}
     for key, path in (("config", work_dir / "config.json"), ("report", report)):
         result[key] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return result

@@ -108,11 +108,12 @@ def folder_mb(folder):
 def ours(text, tokenizer, work_dir, processes):
     """prepare_corpus.py，再由 a100_train.py --prepare_only 的打包部分编码。返回两行结果。"""
     corpus, out = timed([sys.executable, ROOT / "prepare_corpus.py", "--corpus", text, "--output_dir",
-                         work_dir / "corpus", "--processes", processes, "--source", "hub"])
+                         work_dir / "corpus", "--processes", processes, ])
     report = json.loads((work_dir / "corpus/report.json").read_text("utf-8"))
     shutil.copytree(tokenizer, work_dir / "tokenizer")
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.cpu_count = lambda: {processes}\n"
-            f"import a100_train; from pathlib import Path; a100_train.pack(Path({str(work_dir)!r}), 42)")
+            f"import a100_train; from pathlib import Path; from types import SimpleNamespace\n"
+            f"a100_train.pack(SimpleNamespace(work_dir=Path({str(work_dir)!r}), key=['', '']))")
     pack, _ = timed([sys.executable, "-c", code])
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
     documents = sum(source["documents"] for source in report["sources"].values())
@@ -161,28 +162,6 @@ def baseline(text, tokenizer, work_dir, processes, tokens):
              "tokens": kept, "tokens_lost": tokens - kept}]
 
 
-def extras(text, work_dir, processes):
-    """默认做法用 1 个进程和全部的核；默认不开的两样：--near_dedup，和 scale/ 的 datatrove 流水线。"""
-    script, rows = [sys.executable, ROOT / "prepare_corpus.py", "--corpus", text], []
-    for name, count, switch in (("默认", 1, []), ("默认", processes, []),
-                                ("--near_dedup", processes, ["--near_dedup"])):
-        folder = work_dir / f"{name.strip('-')}{count}"
-        result, _ = timed([*script, "--output_dir", folder, "--processes", count, *switch])
-        report = json.loads((folder / "report.json").read_text("utf-8"))
-        documents = sum(source["documents"] for source in report["sources"].values())
-        rows.append({"pipeline": f"prepare_corpus.py，{name}", "processes": count, **result,
-                     "disk_mb": folder_mb(folder), "documents": documents})
-    lines = text.read_text("utf-8").split("\n")
-    parts = [text.with_name(f"part{i}.jsonl") for i in range(processes)]     # 一个任务读一个文件
-    for i, part in enumerate(parts):
-        part.write_text("\n".join(lines[i::processes]), "utf-8")
-    result, _ = timed([sys.executable, ROOT / "scale/pipeline.py", "--corpus", *parts, "--output_dir",
-                       work_dir / "scale", "--tasks", processes, "--workers", processes])
-    rows.append({"pipeline": f"scale/pipeline.py，{processes} 个任务", "processes": processes, **result,
-                 "disk_mb": folder_mb(work_dir / "scale")})
-    return rows
-
-
 # ==== 主程序 ====
 
 def machine():
@@ -220,8 +199,6 @@ def main():
     parser.add_argument("--tokenizer", type=Path, required=True, help="train_tokenizer.py 的输出")
     parser.add_argument("--scales", type=int, nargs="*", default=[1, 4, 16], help="长到几倍")
     parser.add_argument("--full", action="store_true", help="再做一次真实大小（只做本项目，和分词器训练）")
-    parser.add_argument("--extras", action="store_true",
-                        help="改为比较默认不开的：--near_dedup 和 scale/（配 --output results/data_prep_extras）")
     parser.add_argument("--folder", type=Path, default=Path("data-prep-bench"), help="临时文件放哪里，完了删掉")
     parser.add_argument("--output", type=Path, default=ROOT / "results/data_prep", help="结果")
     args = parser.parse_args()
@@ -236,11 +213,6 @@ def main():
         text = args.folder / "text.jsonl"
         written, count = grow(documents, text, size, number, seed=0)
         where = {"scale": scale, "text_mb": written / 1e6, "input_documents": count}
-        if args.extras:
-            rows += [where | row for row in extras(text, args.folder, cores)]
-            print(*rows[-4:], sep="\n", flush=True)
-            write_results(rows, args, args.output)
-            continue
         for processes in sorted({1, cores}) if scale == "1x" else [cores]:
             found = ours(text, args.tokenizer, args.folder / f"ours{processes}", processes)
             if processes == cores and scale == "真实大小":

@@ -10,21 +10,17 @@
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
-from common import ROOT, cpu_name
+from common import ROOT, provenance, read_lines, write_atomic
 
 TRAINING = ("--device cpu --corpus demo --vocab_size 3000 --n_layer 2 --n_embd 256 --n_head 4 "
             "--block_size 128 --batch_size 4 --effective_batch_size 8 --max_steps 30 --logging_steps 1 "
-            "--eval_steps 1000").split()
+            "--eval_steps 1000 --no-snapshots").split()
 
 
 def tokens_per_second(processes, work_dir):
@@ -34,7 +30,7 @@ def tokens_per_second(processes, work_dir):
                "--work_dir", str(work_dir), "--fresh"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    rows = map(json.loads, (work_dir / "train_log.jsonl").read_text("utf-8").splitlines())
+    rows = read_lines(work_dir / "train_log.jsonl")
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return statistics.median(speeds[len(speeds) // 2:])
 
@@ -52,25 +48,21 @@ def measure(repetitions):
     return runs
 
 
-def write_results(folder, runs, day):
+def write_results(folder, runs):
     speed = {(run["repetition"], run["processes"]): run["tokens_per_second"] for run in runs}
     repetitions = max(run["repetition"] for run in runs)
     ratios = [round(speed[i, 2] / speed[i, 1], 3) for i in range(1, repetitions + 1)]
     ratio = statistics.median(ratios)
     command = f"python benchmarks/processes.py {' '.join(sys.argv[1:])}".strip()
-    result = {"command": command, "training": f"a100_train.py {' '.join(TRAINING)}", "date": day,
-              "machine": f"{cpu_name()}，{os.cpu_count()} 核",
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "transformers": transformers.__version__},
+    result = {"command": command, "training": f"a100_train.py {' '.join(TRAINING)}", **provenance(),
               "runs": runs, "ratios": ratios, "median_ratio": ratio, "efficiency": round(ratio / 2, 3)}
-    (folder / "processes.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_atomic(folder / "processes.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     loads = {(run["repetition"], run["processes"]): run["load_before"] for run in runs}
     rows = "\n".join(f"| {i} | {ratios[i - 1]:.2f} | {loads[i, 1]} | {loads[i, 2]} |"
                      for i in range(1, repetitions + 1))
-    versions = "，".join(f"{name} {version}" for name, version in result["versions"].items())
-    (folder / "processes.md").write_text(f"""# 1 个进程和 2 个进程的速度之比
+    write_atomic(folder / "processes.md", f"""# 1 个进程和 2 个进程的速度之比
 
-日期 {day}。机器：{result['machine']}。{versions}。每个进程一个线程（OMP_NUM_THREADS=1），进程间用 gloo。
+日期 {result['date']}。机器：{result['machine']}。{result['versions']}。每个进程一个线程（OMP_NUM_THREADS=1），进程间用 gloo。
 
     {command}
 
@@ -82,18 +74,16 @@ def write_results(folder, runs, day):
 
 **中位数 {ratio:.2f} 倍，即每个进程的效率 {ratio / 2:.0%}。** 负载是最近一分钟的平均，含前一次训练自己；明显大于 2（核数）
 就是有别的程序在抢，那时只看比值。这不是显卡的数字。
-""", "utf-8")
+""")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="1 个进程和 2 个进程的速度之比")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3, help="各跑几次")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="结果写到哪个文件夹")
-    parser.add_argument("--date", default=str(date.today()), help="记在结果里的日期")
     args = parser.parse_args()
-    runs = measure(args.repetitions)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_results(args.output, runs, args.date)
+    write_results(args.output, measure(args.repetitions))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/width_report.py
 
 最优：在 log2(学习率) 上给最低点附近的几个点配一条抛物线，取顶点；范围是给每个点加上种子那样大的噪声、重配 1,000 次得到的
-16%–84%。最低点在扫过的边上时不外推，只说“不小于”或“不大于”。
+16%–84%。顶点落在扫过的范围之外时只说“不小于”或“不大于”。
 """
 
 import argparse
@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from common import ROOT, read_lines, write_atomic
+from width import QUEUE
 
 RESULTS = ROOT / "results" / "recipe"
 TARGET = dict(width=768, batch=98_304, steps=11_838)     # 完整训练；步数是公开参考的
@@ -64,24 +65,25 @@ def seed_noise(runs):
 def vertex(x, y):
     """给不比最低点高出 WINDOW 的点（至少是最低点和它的邻居）配抛物线，返回顶点的 x；开口不向上就返回最低的点。"""
     lowest = int(np.argmin(y))
-    near = (y <= y[lowest] + WINDOW) | (abs(np.arange(len(y)) - lowest) <= 1)
+    middle = min(max(lowest, 1), len(y) - 2)
+    near = (y <= y[lowest] + WINDOW) | (abs(np.arange(len(y)) - middle) <= 1)
     a, b, _ = np.polyfit(x[near] - x[lowest], y[near], 2)
     return float(np.clip(x[lowest] - b / (2 * a) if a > 0 else x[lowest], x[0] - 1, x[-1] + 1))
 
 
 def fit_optimum(rates, bits, noise, seed=0):
-    """返回 {"best", "low", "high", "edge"}：最优学习率、16%–84% 范围，edge 是 "<"、">"（最低点在边上）或 ""。"""
+    """返回 {"best", "low", "high", "edge"}：最优学习率、16%–84% 范围，edge 是 "<"、">"（顶点在扫过的之外）、"?"（点太少）或 ""。"""
     pairs = sorted((math.log2(rate), value) for rate, value in zip(rates, bits, strict=True))
     x, y = map(np.array, zip(*(pair for pair in pairs if math.isfinite(pair[1])), strict=True))
-    lowest = int(np.argmin(y))
-    edge = "<" if lowest == 0 else ">" if lowest == len(x) - 1 else ""
-    if edge or len(x) < 3:
-        best = 2 ** x[lowest]
-        return {"best": best, "low": best / 2, "high": best * 2, "edge": edge or "?"}
+    if len(x) < 3:
+        best = 2 ** x[np.argmin(y)]
+        return {"best": best, "low": best / 2, "high": best * 2, "edge": "?"}
+    top = vertex(x, y)
+    edge = "<" if top <= x[0] else ">" if top >= x[-1] else ""
     rng = np.random.default_rng(seed)
     draws = [vertex(x, y + noise * rng.standard_normal(len(y))) for _ in range(DRAWS)]
     low, high = np.percentile(draws, [16, 84])
-    return {"best": 2 ** vertex(x, y), "low": 2**low, "high": 2**high, "edge": ""}
+    return {"best": 2**top, "low": 2**low, "high": 2**high, "edge": edge}
 
 
 def fit_laws(optima, variables):
@@ -95,14 +97,6 @@ def fit_laws(optima, variables):
     target = np.array([math.log2(o["best"]) for _, o in optima]) / sigma
     covariance = np.linalg.inv(design.T @ design)
     return covariance @ design.T @ target, covariance
-
-
-def predict(law, settings, variables):
-    """外推：(最优, 低, 高)，范围只含拟合的误差，不含“这条律在这么远还成立吗”。"""
-    coefficients, covariance = law
-    row = np.array([1, *(math.log2(settings[name]) for name in variables)])
-    center, sigma = row @ coefficients, math.sqrt(row @ covariance @ row)
-    return tuple(2 ** (center + k * sigma) for k in (0, -1, 1))
 
 
 # ==== 3. 表 ====
@@ -119,7 +113,7 @@ def describe(settings):
 
 def show(optimum):
     if optimum["edge"]:
-        return {"<": "≤ ", ">": "≥ "}.get(optimum["edge"], "") + f"{optimum['best']:.1e}（在边上）"
+        return {"<": "≤ ", ">": "≥ ", "?": "点太少，低的是 "}[optimum["edge"]] + f"{optimum['best']:.1e}"
     return f"**{optimum['best']:.1e}**（{optimum['low']:.1e}–{optimum['high']:.1e}）"
 
 
@@ -137,7 +131,7 @@ def optimum_table(runs, swept, noise):
         seeds = max(map(len, curve.values()))
         fixed = f"；矩阵 {settings['muon']:g}" if swept == "rate" and settings["muon"] else ""
         fixed = f"；AdamW 部分 {settings['rate']:g}" if swept == "muon" else fixed
-        cells += f"（{seeds} 个种子）" if seeds > 1 else ""
+        cells += f"（至多 {seeds} 个种子的平均）" if seeds > 1 else ""
         lines.append(f"| {describe(key)}{fixed} | {cells} | {show(best)} |")
         optima.append((settings, best))
     return lines, optima
@@ -175,15 +169,47 @@ def laws(optima):
     return parts, found
 
 
-def predictions(parts, found):
-    """[(说法, 最优, 低, 高)]：到 768 维、98,304 token/步，用几种算法；都从 192 维、2,048 token/步、160 步的最优出发。"""
-    every = list({id(o): (s, o) for points in parts.values() for s, o in points}.values())
-    rows = [("宽度和批量的拟合一起外推（步数不变）", predict(fit_laws(every, ["width", "batch"]), TARGET,
-                                                   ["width", "batch"]))] if len(every) > 4 else []
-    if {"width", "batch", "steps"} <= found.keys():
-        law = fit_laws(every, ["width", "batch", "steps"])
-        rows.append((f"再加上步数，外推到 {TARGET['steps']:,} 步", predict(law, TARGET, ["width", "batch", "steps"])))
-    return rows
+def shift(runs, noise, **changed):
+    """从 192 维的基准换到 changed（层数或词表）时，log2(最优) 移动多少：(移动, 标准差)。
+
+    对照只有两三个点，配不出抛物线，所以借用基准的曲率，只让顶点移动。没有对照返回 None。
+    """
+    every = {key: curve for key, curve in curves(runs, "rate").items() if dict(key)["muon"]}
+    base = dict(width=192, layers=2, vocab=8000, batch=2048, steps=160, precision="bf16", vectors=1.0)
+
+    def points(wanted):
+        found = [c for key, c in every.items() if all(dict(key)[k] == v for k, v in wanted.items())]
+        pairs = [(math.log2(rate), np.mean(bits)) for rate, bits in (found[0] if found else {}).items()]
+        return tuple(map(np.array, zip(*pairs, strict=True))) if pairs else (np.array([]), np.array([]))
+
+    (x, y), (x_control, y_control) = points(base), points(base | changed)
+    if len(x) < 3 or len(x_control) < 2:
+        return None
+    a, b, _ = np.polyfit(x, y, 2)
+    slope = np.polyfit(x_control, y_control - a * x_control**2, 1)[0]
+    sigma = noise / (2 * a * math.sqrt(((x_control - x_control.mean()) ** 2).sum()))
+    return float(b - slope) / (2 * a), sigma
+
+
+def predictions(runs, optima, noise):
+    """一步步从 768 维 × 2 层量到的最优换算到完整训练：[(说法, 倍数, 最优, 低, 高)]，范围是一个标准差。"""
+    _, found = laws(optima)
+    start = select(optima, width=768, batch=2048, steps=160)
+    if not start or "batch" not in found:
+        return []
+    optimum = start[0][1]
+    center, variance = math.log2(optimum["best"]), (math.log2(optimum["high"] / optimum["low"]) / 2) ** 2
+    rows = [("768 维 × 2 层，词表 8,000，2,048 token/步，160 步（量到的）", 1.0, center, variance)]
+    growth = {name: math.log2(TARGET[name] / start[0][0][name]) for name in ("batch", "steps")}
+    moves = [("8 层", shift(runs, noise, layers=8)), ("词表 32,000", shift(runs, noise, vocab=32_000))]
+    moves += [(text, (law[0][1] * growth[name], law[1][1, 1] ** 0.5 * growth[name]))
+              for name, text in (("batch", f"{TARGET['batch']:,} token/步"), ("steps", f"{TARGET['steps']:,} 步"))
+              if (law := found.get(name))]
+    for text, move in moves:
+        if move:
+            center, variance = center + move[0], variance + move[1] ** 2
+            rows.append((f"换成 {text}", 2 ** move[0], center, variance))
+    return [(text, factor, *(2 ** (c + k * v**0.5) for k in (0, -1, 1))) for text, factor, c, v in rows]
 
 
 def write_table(folder):
@@ -194,10 +220,11 @@ def write_table(folder):
     names = {"width": "宽度", "batch": "批量", "steps": "步数"}
     exponents = [f"| {names[name]} | {law[0][1]:+.2f} ± {law[1][1, 1] ** 0.5:.2f} | {len(parts[name])} 个最优 |"
                  for name, law in found.items()]
-    guesses = [f"| {name} | {best:.1e} | {low:.1e}–{high:.1e} |"
-               for name, (best, low, high) in predictions(parts, found)]
+    guesses = [f"| {name} | {factor:.2f} | {best:.1e} | {low:.1e}–{high:.1e} |"
+               for name, factor, best, low, high in predictions(runs, optima, noise)]
     muon_lines, _ = optimum_table(runs, "muon", noise)
-    notes = folder / "notes.md"
+    notes, done = folder / "notes.md", {run["name"] for run in runs}
+    left = [trial.name for trial in QUEUE if trial.name not in done]
     write_atomic(folder / "README.md", "\n".join([
         "# 真实宽度上的学习率", "",
         "命令：`python benchmarks/width.py --corpus …`（训练）、`python benchmarks/width_report.py`（表和图）。每个试验的日志在 "
@@ -209,12 +236,14 @@ def write_table(folder):
         "![最优学习率随宽度、批量的变化，和真实大小的曲线](scaling.png)", "",
         "## AdamW 部分的学习率", "", "| 设置 | 学习率：每字比特 | 最优（16%–84%） |", "|---|---|---|", *lines, "",
         "## 指数：最优 ∝ 变量的几次方", "", "| 变量 | 指数 | 根据 |", "|---|---|---|", *exponents, "",
-        f"## 外推到 {TARGET['width']} 维、{TARGET['batch']:,} token/步", "", "| 算法 | 最优 | 范围（只含拟合误差） |",
-        "|---|---:|---|", *guesses, "",
+        f"## 换算到完整训练：{TARGET['width']} 维 × 8 层，词表 32,000，{TARGET['batch']:,} token/步", "",
+        "层数和词表的倍数在 192 维上量（借用基准的曲率，只让顶点移动）；每一步都乘在上一行上。", "",
+        "| 一步步 | 倍数 | 到这里的最优 | 范围（一个标准差） |", "|---|---:|---:|---|", *guesses, "",
         "## Muon 的学习率（矩阵）", "", "| 设置 | 学习率：每字比特 | 最优 |", "|---|---|---|", *muon_lines, "",
-        "## 真实大小：82,066,944 参数，2,048 token/步", "",
+        "## 真实大小：8 层 × 768 维，词表 32,000，2,048 token/步", "",
+        "81,477,120 参数：上下文 256，比完整训练的 82,066,944 少 768 个位置向量。", "",
         "| 配方 | 种子 | 步 | **每字比特** | 损失 nat | token：每字比特 |", "|---|---|---|---|---|---|",
-        *full_table(runs)]) + "\n")
+        *full_table(runs), "", f"队列里还没有跑的：{'、'.join(left) or '无'}。"]) + "\n")
     return runs, optima, noise
 
 
@@ -247,18 +276,17 @@ def select_all(optima, **fixed):
     return [(s, o | {"edge": edges[o["id"]]}) for s, o in kept]
 
 
-def draw_law(axis, optima):
+def draw_law(axis, runs, optima, noise):
     """最优对批量：量到的点（颜色是宽度），外推到完整训练的范围，公开的值。"""
-    parts, found = laws(optima)
     steps_seen = sorted({s["steps"] for s, _ in select(optima)})
     for s, o in select(optima):
         shift = 1 + 0.08 * steps_seen.index(s["steps"])          # 错开一点，免得压在一起
         axis.errorbar(s["batch"] * shift, o["best"], [[o["best"] - o["low"]], [o["high"] - o["best"]]],
                       fmt="o^D"[steps_seen.index(s["steps"])], capsize=3,
                       color=f"C{(192, 384, 768).index(s['width'])}", label=f"{s['width']} 维，{s['steps']:,} 步")
-    for color, (name, (best, low, high)) in enumerate(predictions(parts, found)):
-        axis.errorbar(TARGET["batch"] * 1.15**color, best, [[best - low], [high - best]], fmt="s", capsize=3,
-                      color="black" if color else "gray", label=f"外推：{name}")
+    for i, (name, _, best, low, high) in enumerate(predictions(runs, optima, noise)[-2:]):
+        axis.errorbar(TARGET["batch"] * 1.15**i, best, [[best - low], [high - best]], fmt="s", capsize=3,
+                      color=("black", "silver")[i], label=f"换算到完整训练，{name}")
     for batch, rate, source in PUBLISHED:
         axis.plot(batch, rate, "*", ms=12, color="C3", label=f"公开：{source}")
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -275,15 +303,15 @@ def draw(runs, optima, noise, path):
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
     draw_curves(axes[0, 0], runs, "width", noise)
     draw_curves(axes[0, 1], runs, "batch", noise)
-    draw_law(axes[1, 0], optima)
+    draw_law(axes[1, 0], runs, optima, noise)
     for run in sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: -r["bits"]):
         rows = [row for row in run["rows"] if "bits_per_char" in row]
         axes[1, 1].plot([row["tokens"] for row in rows], [row["bits_per_char"] for row in rows], "o-", ms=3,
                         label=f"{recipe_name(run)}（种子 {run['seed']}）")
-    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）")
+    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）", ylim=(4.6, 5.6))
     axes[1, 1].legend(fontsize=8)
     for axis, title in zip(axes.flat, ("2 层，2,048 token/步，160 步", "192 维 × 2 层，160 步", "最优学习率对批量",
-                                       "真实大小：82 M 参数，2,048 token/步"), strict=True):
+                                       "真实大小：8 层 × 768 维，词表 32,000，2,048 token/步"), strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -17,12 +17,15 @@
 任务被杀了，再跑同一条命令：做完的任务不重做（<output_dir>/logs/ 里有记录）。
 """
 
+import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import filelock
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
@@ -38,6 +41,7 @@ from datatrove.pipeline.writers.parquet import ParquetWriter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare_corpus
 
+SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 # load_dataset 按它找两个切分；来源和许可由使用者补上
 CARD = """---
 configs:
@@ -73,22 +77,20 @@ class ReadAndClean(PipelineStep):
     """读分到的文件，清洗；规则就是 prepare_corpus.py 的。"""
     type, name = "📖 - READER", "清洗"
 
-    def __init__(self, files, skip, minimum_characters):
+    def __init__(self, files):
         super().__init__()
-        self.files, self.skip, self.minimum_characters = files, skip, minimum_characters
+        self.files = files
 
     def run(self, data=None, rank=0, world_size=1):
         for number in range(rank, len(self.files), world_size):
             source, path = self.files[number]
-            cleaner = prepare_corpus.Cleaner(self.skip, None, self.minimum_characters)
-            for batch in prepare_corpus.source_batches(source, [Path(path)]):
-                for where, row in prepare_corpus.parsed_rows(batch):
-                    if text := cleaner.clean(prepare_corpus.row_text(row, where, None)):
-                        self.update_doc_stats(document := Document(text, where, metadata={
-                            "source": source, "file": number}))
-                        yield document
-            for step, count in cleaner.counts.items():
-                self.stat_update(step, value=count)
+            for row in prepare_corpus.read_documents(source, Path(path), None):
+                text, counts, _ = prepare_corpus.clean(row["text"])
+                for step, count in counts.items():
+                    self.stat_update(step, value=count)
+                if text:
+                    self.update_doc_stats(document := Document(text, path, metadata={"source": source, "file": number}))
+                    yield document
 
 
 class ReadCleaned(PipelineStep):
@@ -146,7 +148,7 @@ class Split(PipelineStep):
                 smallest.setdefault(source, []).extend(part_smallest[source])
         ordered = {source: np.array(sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM], dtype=np.uint64)
                    for source, hashes in smallest.items()}
-        return {source: prepare_corpus.eval_limit(counts[source], ordered[source]) for source in counts}
+        return {source: int(prepare_corpus.held_out_limit(counts[source], ordered[source])) for source in counts}
 
     def run(self, data, rank=0, world_size=1):
         limits = self.limits()
@@ -159,7 +161,7 @@ class Split(PipelineStep):
 
 # ==== 四个阶段 ====
 
-def stages(files, output_dir, skip, minimum_characters, tasks):
+def stages(files, output_dir, tasks):
     """[(阶段名, 流水线)]。"""
     folder, config = Path(output_dir), ExactDedupConfig(content_getter=content, document_priority=priority)
     cleaned, signatures, duplicates, hashes = (str(folder / name) for name in
@@ -169,9 +171,9 @@ def stages(files, output_dir, skip, minimum_characters, tasks):
         return [ReadCleaned(cleaned), ExactDedupFilter(duplicates, config)]
 
     # max_file_size=-1：一个任务一个文件，文件名就是任务号
-    writer = dict(compression="zstd", adapter=text_and_source, schema=prepare_corpus.SCHEMA, max_file_size=-1)
+    writer = dict(compression="zstd", adapter=text_and_source, schema=SCHEMA, max_file_size=-1)
     return [
-        ("clean", [ReadAndClean(files, skip, minimum_characters), ParquetWriter(cleaned, **writer),
+        ("clean", [ReadAndClean(files), ParquetWriter(cleaned, **writer),
                    ExactDedupSignature(signatures, config, finder_workers=tasks)]),
         ("find", [ExactFindDedups(signatures, duplicates, config)]),
         ("count", [*deduplicated(), CountHashes(hashes)]),
@@ -188,8 +190,8 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
         return SlurmPipelineExecutor(pipeline, tasks, time=f"{hours}:00:00", partition=partition,
                                      workers=workers, job_name=name, logging_dir=logs, depends=depends)
     if kind == "ray":
-        if not prepare_corpus.installed("ray"):
-            raise prepare_corpus.UserError("指定了 --executor ray，但没有装 ray：pip install ray")
+        if not importlib.util.find_spec("ray"):
+            sys.exit("错误：指定了 --executor ray，但没有装 ray；pip install ray")
         from datatrove.executor.ray import RayPipelineExecutor
         return RayPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
     return LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
@@ -198,41 +200,36 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
 def check_settings(output_dir, files, args):
     """同一个输出文件夹只做一种设置：datatrove 只看任务号，换了语料或参数也会把旧任务当成做完了。"""
     stats = [[name, path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for name, path in files]
-    key = prepare_corpus.fingerprint(prepare_corpus.FORMAT, stats, sorted(args.skip_cleaning),
-                                     args.minimum_characters, args.tasks)
+    key = prepare_corpus.fingerprint(prepare_corpus.FORMAT, stats, args.tasks)
     path = output_dir / "settings.json"
     if path.exists() and path.read_text("utf-8") != key:
-        raise prepare_corpus.UserError(f"{output_dir} 是用别的语料或设置（包括 --tasks）做的；换一个 --output_dir，或删掉它")
+        sys.exit(f"错误：{output_dir} 是用别的语料或设置（包括 --tasks）做的；换一个 --output_dir，或删掉它")
     path.write_text(key, "utf-8")
 
 
 def main():
-    parser = prepare_corpus.ArgumentParser(description="用 datatrove 分布式地整理语料", allow_abbrev=False)
-    number = prepare_corpus.number
+    parser = argparse.ArgumentParser(description="用 datatrove 分布式地整理语料", allow_abbrev=False)
     parser.add_argument("--corpus", nargs="+", required=True, metavar="SOURCE",
                         help="[名字=]路径，见 prepare_corpus.py")
     parser.add_argument("--output_dir", type=Path, required=True, help="写到哪里；多台机器时要是共享的")
-    parser.add_argument("--tasks", type=number(int, 1, 60_000), default=1, help="分成几个任务")
-    parser.add_argument("--workers", type=number(int, -1), default=-1, help="同时跑几个任务；-1 是全部")
-    parser.add_argument("--skip_cleaning", nargs="+", default=[], choices=list(prepare_corpus.CLEANING),
-                        help="不做哪几步清洗")
-    parser.add_argument("--minimum_characters", type=number(int, 1),
-                        default=prepare_corpus.MINIMUM_CHARACTERS, help="丢掉短于几个字的文档")
+    parser.add_argument("--tasks", type=int, default=1, help="分成几个任务")
+    parser.add_argument("--workers", type=int, default=-1, help="同时跑几个任务；-1 是全部")
     parser.add_argument("--executor", choices=["local", "slurm", "ray"], default="local", help="在哪里跑")
     parser.add_argument("--partition", help="Slurm 的分区")
-    parser.add_argument("--hours", type=number(int, 1, 10_000), default=24, help="Slurm 每个任务最多几小时")
+    parser.add_argument("--hours", type=int, default=24, help="Slurm 每个任务最多几小时")
     args = parser.parse_args()
     if args.executor == "slurm" and not args.partition:
-        raise prepare_corpus.UserError("--executor slurm 要用 --partition 指明分区")
-    sources = [prepare_corpus.parse_source(spec) for spec in args.corpus]
-    if builtin := [name for name, files in sources if files is None]:
-        raise prepare_corpus.UserError(f"{'、'.join(builtin)} 是内置来源，这里只读文件；先用 python download_corpus.py 下载")
-    files = [(name, str(path.resolve())) for name, paths in sources for path in paths]
+        sys.exit("错误：--executor slurm 要用 --partition 指明分区")
+    if not 1 <= args.tasks <= 60_000:
+        sys.exit(f"错误：--tasks 要在 1 到 60,000 之间，得到 {args.tasks}")
+    sources = prepare_corpus.find_sources(args.corpus)
+    if builtin := [name for name, paths in sources.items() if not paths]:
+        sys.exit(f"错误：{'、'.join(builtin)} 是内置来源，这里只读文件；先下载，再写 --corpus 名字=文件")
+    files = [(name, str(path.resolve())) for name, paths in sources.items() for path in paths]
     if len(files) >= 65_535:
-        raise prepare_corpus.UserError(f"有 {len(files)} 个文件，至多 65,534 个；先合并小文件")
+        sys.exit(f"错误：有 {len(files)} 个文件，至多 65,534 个；先合并小文件")
     executor = None
-    for name, pipeline in stages(files, args.output_dir, tuple(args.skip_cleaning), args.minimum_characters,
-                                 args.tasks):
+    for name, pipeline in stages(files, args.output_dir, args.tasks):
         executor = make_executor(args.executor, name, pipeline, args.tasks, args.workers,
                                  args.output_dir / "logs", executor, args.partition, args.hours)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -241,7 +238,7 @@ def main():
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise prepare_corpus.UserError(f"另一个进程正在写 {args.output_dir}；等它结束，或换一个 --output_dir") from None
+        sys.exit(f"错误：另一个进程正在写 {args.output_dir}；等它结束，或换一个 --output_dir")
     executor.run()
     (args.output_dir / "corpus").mkdir(exist_ok=True)
     (args.output_dir / "corpus" / "README.md").write_text(CARD, "utf-8")

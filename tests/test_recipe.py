@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -43,8 +43,18 @@ def test_laws_recover_their_exponents():
         optima.append(({"width": wide, "batch": batch}, optimum))
     law = width_report.fit_laws(optima, ["width", "batch"])
     assert law[0][1:] == pytest.approx([-0.5, 0.3])
-    best, low, high = width_report.predict(law, {"width": 768, "batch": 98_304}, ["width", "batch"])
-    assert best == pytest.approx(1e-2 * 0.5 * 48**0.3) and low < best < high
+
+
+def test_shift_borrows_the_curvature_of_the_base():
+    """对照只有两个点：顶点低一半（log2 移动 -1）也认得出来。"""
+    def run(rate, layers, best):
+        settings = dict.fromkeys(width_report.FIELDS) | vars(width.Trial(rate=rate, layers=layers))
+        return settings | {"bits": 5 + 0.03 * np.log2(rate / best) ** 2}
+
+    runs = [run(rate, 2, 4e-3) for rate in RATES] + [run(rate, 8, 2e-3) for rate in RATES[:2]]
+    moved, sigma = width_report.shift(runs, 0.003, layers=8)
+    assert moved == pytest.approx(-1) and 0 < sigma < 0.2
+    assert width_report.shift(runs, 0.003, vocab=32_000) is None
 
 
 def test_learning_rate_rises_then_falls():
@@ -64,3 +74,14 @@ def test_small_trial_learns_and_is_not_run_twice(work_dir, tmp_path, capsys):
     model, *_ = width.build(trial, work_dir)
     assert run["parameters"] == sum(p.numel() for p in model.parameters())
     assert not width.run_trial(trial, tmp_path, tmp_path / "logs", None)
+
+
+def test_committed_logs_are_what_their_names_say():
+    runs = width_report.load(width_report.RESULTS / "scaling")
+    assert len(runs) > 20
+    for run in runs:
+        trial = width.Trial(**{field.name: run[field.name] for field in fields(width.Trial)})
+        assert trial.name == run["name"] and width.parameters(trial) == run["parameters"]
+        assert run["rows"][-1]["step"] == trial.steps or "error" in run["rows"][-1]
+    full = {run["muon"]: run["bits"] for run in runs if run["parameters"] == 82_066_944 - 768 * 768}
+    assert full[0.02] < full[0]                 # 真实大小上，Muon 好于 AdamW

@@ -86,8 +86,8 @@ def test_five_tasks_one_of_them_killed_and_rerun(sources, expected, tmp_path):
 def test_other_settings_are_refused(sources, tmp_path):
     """换了语料或设置，旧任务不算数：一行说清，而不是悄悄沿用。"""
     run_pipeline(sources[2:], tmp_path, 1, 1)
-    for changed in ([sources[0]], [*sources[2:], "--minimum_characters", "50"]):
-        result = subprocess.run(command(changed, tmp_path, 1, 1), env=environment(), capture_output=True,
+    for changed, tasks in (([sources[0]], 1), (sources[2:], 2)):
+        result = subprocess.run(command(changed, tmp_path, tasks, 1), env=environment(), capture_output=True,
                                 text=True, encoding="utf-8")
         assert result.returncode == 1 and "换一个 --output_dir" in result.stderr
         assert "Traceback" not in result.stderr
@@ -96,5 +96,5 @@ def test_other_settings_are_refused(sources, tmp_path):
 def test_builtin_sources_are_refused_in_one_line(tmp_path):
     result = subprocess.run(command(["wiki"], tmp_path, 1, 1), env=environment(), capture_output=True,
                             text=True, encoding="utf-8")
-    assert result.returncode == 1 and "download_corpus.py" in result.stderr
+    assert result.returncode == 1 and "内置来源" in result.stderr
     assert "Traceback" not in result.stderr

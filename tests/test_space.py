@@ -154,7 +154,7 @@ def server(folder, tmp_path_factory):
     process = subprocess.Popen([sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
                                env=environment() | {"GRADIO_SERVER_PORT": str(port)}, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
+    for _ in range(480):
         try:
             urllib.request.urlopen(url, timeout=5).read()
             break
@@ -251,13 +251,14 @@ def test_growth(browser):
     wait(browser, lambda: value(browser, "growth-左") and value(browser, "growth-右"))
     time.sleep(2)
     left, right = value(browser, "growth-左"), value(browser, "growth-右")
-    assert left != right and "第 0 步，验证损失 5.90" in text_of(browser, "growth-左")
+    assert left != right and "第 0 步，最近一次验证损失 5.90" in text_of(browser, "growth-左")
     before = browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML")
     slider = browser.find_element(By.CSS_SELECTOR, "#slider-左 input[type=range]")
     slider.send_keys(Keys.END)                                                       # 拖到最后
     wait(browser, lambda: "第 200 步" in text_of(browser, "growth-左"))
     wait(browser, lambda: value(browser, "growth-左") == right)                     # 同一快照、同一种子：同样的字
-    wait(browser, lambda: browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML") != before)
+    wait(browser, lambda: before != browser.find_element(
+        By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML"))
 
 
 def test_pieces(browser):
