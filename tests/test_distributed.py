@@ -147,7 +147,8 @@ def test_error_of_rank_zero_ends_the_job(one, tmp_path):
     """0 号进程发现设置变了：整个任务以非零退出，各进程一共只说一行；等着的进程随即退出，不用等它超时。"""
     shutil.copytree(one, tmp_path / "work")
     logs = ("--standalone", "--redirects", 3, "--log-dir", tmp_path / "logs")   # 各进程的输出各写各的文件
-    start, process = time.time(), torchrun([*ARGUMENTS, "--work_dir", tmp_path / "work", "--seed", 7], nodes=logs)
+    arguments, start = [*ARGUMENTS, "--work_dir", tmp_path / "work", "--seed", 7], time.time()
+    process = torchrun(arguments, nodes=logs)
     report = finish(process)
     assert process.returncode != 0 and time.time() - start < 150, report
     said = {path.parent.name: path.read_text("utf-8") for path in (tmp_path / "logs").rglob("stderr.log")}

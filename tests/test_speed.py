@@ -1,7 +1,7 @@
 """加速设置的选择：每种计算能力、有没有 flash-attn、哪个 torch，选什么，打印什么；办不到的，一行说清。"""
 
+import importlib.util
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ def chosen(monkeypatch, *argv, capability=None, packages=(), version="2.13.0", c
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch, "__version__", version)
-    monkeypatch.setattr(a100_train, "installed", lambda name: name in {*packages, *["triton"] * compiler})
+    names = {*packages, *["triton"] * compiler}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, _=None: name if name in names else None)
     monkeypatch.setattr(a100_train.shutil, "which", lambda name: "/usr/bin/g++" if compiler else None)
     monkeypatch.setattr(sys, "argv", ["a100_train.py", *map(str, argv)])
     s = a100_train.read_settings()
@@ -29,6 +30,7 @@ def refused(monkeypatch, *argv, **machine):
     return stop.value.code
 
 
+RATES = a100_train.LEARNING_RATES
 # 计算能力：(precision, attn, compile, tf32)。7.0 V100、7.5 T4、8.0 A100、8.9 4090、9.0 H100
 OLD = ("fp16", "sdpa", False, False)
 NEW = ("bf16", "sdpa", True, True)
@@ -45,7 +47,7 @@ def test_each_capability(monkeypatch, capsys, capability, expected, flash, versi
         attn = "flash_attention_2"
     if version.startswith("2.10"):
         compiled = False                                     # 2.10 的 compile 在 A100 上出过 NaN
-    assert (s.device, s.optim, s.liger, s.learning_rate) == ("cuda", "muon", False, 4e-3)
+    assert (s.device, s.optim, s.liger, s.learning_rate) == ("cuda", "muon", False, RATES["full"][0])
     assert (s.precision, s.attn, s.compile, s.tf32) == (precision, attn, compiled, tf32)
     out = capsys.readouterr().out
     assert str(capability) in out and version in out
@@ -57,7 +59,7 @@ def test_what_was_asked_for_is_kept(monkeypatch):
                "adamw_bnb_8bit", capability=(8, 0), packages=["flash_attn", "bitsandbytes"])
     assert (s.precision, s.compile, s.tf32, s.attn) == ("fp32", False, False, "eager")
     assert s.optim == "adamw_bnb_8bit"
-    assert s.learning_rate == 3e-4                           # 只用 AdamW 时的默认值
+    assert s.learning_rate == RATES["full"][1]                           # 只用 AdamW 时的默认值
     s = chosen(monkeypatch, "--precision", "fp32", capability=(8, 0), packages=["flash_attn"])
     assert s.attn == "sdpa"                                  # flash-attn 只算 2 字节的数
     s = chosen(monkeypatch, "--compile", capability=(8, 0), version="2.10.1")
@@ -73,10 +75,10 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
 def test_cpu(monkeypatch):
     s = chosen(monkeypatch, "--preset", "demo", packages=["flash_attn"])
     assert (s.device, s.precision, s.attn, s.compile, s.tf32) == ("cpu", "fp32", "sdpa", False, False)
-    assert (s.optim, s.learning_rate) == ("muon", 1.6e-2)
+    assert (s.optim, s.learning_rate) == ("muon", RATES["demo"][0])
     s = chosen(monkeypatch, "--preset", "demo", "--device", "cpu", capability=(8, 0))
     assert (s.device, s.precision, s.tf32) == ("cpu", "fp32", False)     # 有显卡也可以不用
-    assert chosen(monkeypatch, "--preset", "demo", "--optim", "adamw_torch").learning_rate == 3e-3
+    assert chosen(monkeypatch, "--preset", "demo", "--optim", "adamw_torch").learning_rate == RATES["demo"][1]
 
 
 def test_mps_is_accepted(monkeypatch):
@@ -116,10 +118,3 @@ def test_full_training_on_a_cpu_must_be_asked_for(monkeypatch):
     assert "--preset demo" in refused(monkeypatch)
     for argv in (["--device", "cpu"], ["--prepare_only"], ["--max_steps", "3"]):
         assert chosen(monkeypatch, *argv).device == "cpu"
-
-
-@pytest.mark.parametrize("name", ["bitsandbytes", "liger_kernel"])
-def test_optional_packages_are_found_under_these_names(name):
-    if find_spec(name) is None:
-        pytest.skip(f"没有装 {name}")
-    assert a100_train.installed(name)

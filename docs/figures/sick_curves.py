@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """生病的损失曲线：故意弄坏的几次真的训练，各弄坏一处，画在健康的旁边。
 
-    python docs/figures/sick_curves.py                 # 训练（演示大小，每个 300 步），写 results/sick_curves/，再画图
+    python docs/figures/sick_curves.py                 # 训练（演示大小，每步 8 块），写 results/sick_curves/，再画图
     python docs/figures/sick_curves.py --draw_only     # 只由日志重画 docs/figures/sick_curves.png
 
 跑过的（同样的步数）不再跑。每次训练都是 a100_train.py 自己的 main()，只按 SICK 里写的改一处。
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 LOGS, PICTURE = ROOT / "results" / "sick_curves", Path(__file__).with_name("sick_curves.png")
-SMALL = 60_000               # 背书的两次只用这么多训练 token：300 步要读十遍
+BLOCKS, SMALL = 8, 12_000      # 每步 8 × 64 = 512 token；背书的两次只用 12,000 个训练 token，240 步读十遍
 SICK = {                     # 名字: (标题, 命令行, 改的是什么)
     "healthy": ("健康", [], ""),
     "high": ("学习率太高", ["--learning_rate", "0.8", "--muon_learning_rate", "1.0"], ""),
@@ -75,9 +75,9 @@ def start(name, base, steps, work):
     for part in ("corpus", "tokenizer", "packed"):
         shutil.copytree(base / part, folder / part)
     edit_packed(folder / "packed", change)
-    every = max(1, steps // 10)
     command = [sys.executable, __file__, "--train", change, "--preset", "demo", "--device", "cpu", "--no-snapshots",
-               "--max_steps", str(steps), "--eval_steps", str(every), "--logging_steps", str(max(1, steps // 60)),
+               "--batch_size", str(BLOCKS), "--effective_batch_size", str(BLOCKS), "--max_steps", str(steps),
+               "--eval_steps", str(max(1, steps // 6)), "--logging_steps", str(max(1, steps // 60)),
                "--work_dir", str(folder), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), folder
@@ -98,7 +98,7 @@ def train_all(steps, jobs, names):
                 if (folder / "train_log.jsonl").exists():
                     shutil.copy(folder / "train_log.jsonl", LOGS / f"{name}.jsonl")
                     print(f"{name}：退出码 {process.returncode}")
-    about = provenance() | {"command": "python docs/figures/sick_curves.py", "steps": steps, "small_tokens": SMALL,
+    about = provenance() | {"command": "python docs/figures/sick_curves.py", "steps": steps, "blocks_per_step": BLOCKS, "small_tokens": SMALL,
                             "runs": {name: {"arguments": " ".join(arguments), "change": change}
                                      for name, (_, arguments, change) in SICK.items()}}
     (LOGS / "about.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -120,7 +120,8 @@ def draw():
             if run["eval"]:
                 steps, losses, _ = zip(*run["eval"], strict=True)
                 axes.plot(steps, losses, "o", color=color, markersize=4)
-        axes.set(ylim=(4, 11), title=SICK[name][0] if chinese else name)
+        top = max(11, min(30, max(loss for _, loss, _ in sick["train"])))
+        axes.set(ylim=(4, top), title=SICK[name][0] if chinese else name)
         axes.legend(loc="upper right", frameon=False, fontsize=8)
         axes.grid(alpha=0.2)
     figure.supxlabel("步；线是训练损失，点是验证损失（nat）" if chinese else "step; lines: training, dots: held-out (nats)")
@@ -132,7 +133,7 @@ def main():
     if sys.argv[1:2] == ["--train"]:
         return train_here(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description="生病的损失曲线", allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=300, help="每次训练的步数")
+    parser.add_argument("--steps", type=int, default=240, help="每次训练的步数")
     parser.add_argument("--jobs", type=int, default=2, help="同时跑几个，每个一个线程")
     parser.add_argument("--only", nargs="+", choices=list(SICK), default=list(SICK), help="只跑这几个")
     parser.add_argument("--draw_only", action="store_true", help="不训练，只画图")
