@@ -615,7 +615,8 @@ def save_final_model(work_dir, model, tokenizer):
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
     longest = min(100, model.config.n_positions // 2)
-    model.generation_config = transformers.GenerationConfig(max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
+    model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")
