@@ -40,10 +40,10 @@ def take_pictures(page):
     driver.execute_script("""
         for (const box of document.querySelectorAll('.jp-InputArea-editor .highlight pre'))
             if (box.scrollHeight > 500) { box.style.maxHeight = '130px'; box.style.overflow = 'hidden'; }
-        for (const box of document.querySelectorAll('.jp-OutputArea-output pre')) {
-            const lines = box.textContent.trimEnd().split('\\n');
-            if (lines.length > 40)
-                box.textContent = [...lines.slice(0, 14), '……', ...lines.slice(-10)].join('\\n');
+        for (const box of document.querySelectorAll('.jp-OutputArea')) {
+            const outputs = [...box.children];
+            outputs.slice(16, -10).forEach((each, i) =>
+                i ? each.remove() : each.querySelector('pre').textContent = '……');
         }""")
     for name, title in PICTURES.items():
         heading = driver.find_element(By.XPATH, f"//h2[contains(., '{title}')]")
