@@ -82,8 +82,9 @@ def test_function_length_and_no_class_inside(name):
 @pytest.mark.parametrize("name", SCRIPTS + [f"tests/{p.name}" for p in sorted((ROOT / "tests").glob("*.py"))])
 def test_line_length(name):
     """按字符数算（汉字算一个）。"""
-    long = [i for i, line in enumerate(source(name).split("\n"), 1) if len(line) > LINE_LIMIT]
-    assert not long, f"{name} 第 {long} 行超过 {LINE_LIMIT} 字符"
+    limit = LINE_LIMIT if name in SCRIPTS else 125           # 测试不是给初学者读的，宽一点
+    long = [i for i, line in enumerate(source(name).split("\n"), 1) if len(line) > limit]
+    assert not long, f"{name} 第 {long} 行超过 {limit} 字符"
 
 
 # ==== 每个脚本可以单独拷走 ====
