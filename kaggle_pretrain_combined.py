@@ -139,7 +139,7 @@ def newest_checkpoint(work_dir):
                 for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
                     torch.load(path / name, map_location="cpu", weights_only=True)
             return path
-        except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError,
+        except (OSError, ValueError, EOFError, IndexError, RuntimeError, UnpicklingError,
                 safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
 
