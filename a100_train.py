@@ -322,7 +322,8 @@ def orthogonalize(matrix, steps=5):
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        polynomial = (gram @ gram).mul_(2.0315).add_(gram, alpha=-4.7750)
+        x = (polynomial @ x).add_(x, alpha=3.4445)
     return (x.mT if tall else x).to(matrix.dtype)
 
 
@@ -332,22 +333,24 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"] if group["split"] else []:
-                self.matrix_step(p, group)
-                p.grad = None  # 没有梯度的，AdamW 不动
+            for shape in {p.shape for p in group["params"]} if group["split"] else ():
+                self.matrix_step([p for p in group["params"] if p.shape == shape], group)
         super().step(closure)
 
-    def matrix_step(self, p, group):
-        """p 的形状是 (输入, 输出)。c_attn 把 q、k、v 并排放在一个 (C, 3C) 里，split=3 把它们分开正交化。"""
-        state = self.state[p]
-        if not state:  # AdamW 读检查点时，要每个参数都有 step
-            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
-        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
-        parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
+    def matrix_step(self, params, group):
+        """params 形状相同，都是 (输入, 输出)：叠起来，8 层只要几次大的矩阵乘。c_attn 把 q、k、v 并排放着，split=3 把它们分开。"""
+        updates = []
+        for p in params:
+            state = self.state[p]
+            if not state:  # AdamW 读检查点时，要每个参数都有 step
+                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+            state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
+            updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
+            p.grad = None  # 没有梯度的，AdamW 不动
+        parts = orthogonalize(torch.cat(torch.stack(updates).chunk(group["split"], dim=2)))
         scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的矩阵，步子按 √4 放大
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
+        for p, direction in zip(params, torch.cat(parts.chunk(group["split"]), dim=2), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"] * scale)
 
 
 def parameter_groups(model, learning_rate, muon_learning_rate):
@@ -445,8 +448,8 @@ class GPT2Trainer(transformers.Trainer):
         if s.optim != "muon":
             return super().create_optimizer(model)
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
-        # 不用 fused 的 AdamW：fp16 溢出时 GradScaler 照样调用它，由它的核跳过；矩阵那一半可不会跳
-        self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, foreach=True, fused=False)
+        # fp16 不能用 fused 的 AdamW：溢出时 GradScaler 照样调用它，由它的核跳过；矩阵那一半可不会跳
+        self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, fused=s.precision != "fp16")
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):

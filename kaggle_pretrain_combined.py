@@ -443,28 +443,31 @@ def orthogonalize(matrix, steps=5):
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        polynomial = (gram @ gram).mul_(2.0315).add_(gram, alpha=-4.7750)
+        x = (polynomial @ x).add_(x, alpha=3.4445)
     return (x.mT if tall else x).to(matrix.dtype)
 
 class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"] if group["split"] else []:
-                self.matrix_step(p, group)
-                p.grad = None  # 没有梯度的，AdamW 不动
+            for shape in {p.shape for p in group["params"]} if group["split"] else ():
+                self.matrix_step([p for p in group["params"] if p.shape == shape], group)
         super().step(closure)
 
-    def matrix_step(self, p, group):
-        state = self.state[p]
-        if not state:  # AdamW 读检查点时，要每个参数都有 step
-            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
-        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
-        parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
+    def matrix_step(self, params, group):
+        updates = []
+        for p in params:
+            state = self.state[p]
+            if not state:  # AdamW 读检查点时，要每个参数都有 step
+                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+            state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
+            updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
+            p.grad = None  # 没有梯度的，AdamW 不动
+        parts = orthogonalize(torch.cat(torch.stack(updates).chunk(group["split"], dim=2)))
         scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的矩阵，步子按 √4 放大
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
+        for p, direction in zip(params, torch.cat(parts.chunk(group["split"]), dim=2), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"] * scale)
 
 def parameter_groups(model, learning_rate, muon_learning_rate):
     groups = {}
@@ -534,7 +537,7 @@ class GPT2Trainer(transformers.Trainer):
     def create_optimizer(self, model=None):
         s = self.settings
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
-        self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, foreach=True, fused=False)
+        self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, fused=s.precision != "fp16")
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
