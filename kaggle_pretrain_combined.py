@@ -74,6 +74,7 @@ import sentencepiece as spm
 from huggingface_hub import HfApi
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
@@ -421,7 +422,7 @@ class GPT2(transformers.GPT2LMHeadModel):
         if labels is None:
             return super().forward(input_ids=input_ids, **kwargs)
         hidden = self.transformer(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)  # (B·T, C)
-        return {"loss": torch.nn.functional.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
+        return {"loss": cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
 
 def build_model(s):
     transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
