@@ -24,14 +24,15 @@ import io
 import itertools
 import json
 import lzma
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import Pool
 from pathlib import Path
 
 import filelock
@@ -321,8 +322,14 @@ def read_and_clean(sources, args, raw, cleaned):
     jobs = [(str(raw), number) for number in range(len(open_batches(raw)))]
     if raw.stat().st_size < SMALL_BYTES:             # 小的，开进程比清洗还慢
         return write_arrow(cleaned, map(clean_batch, jobs))
-    with Pool(args.processes, quiet_worker) as pool:
-        write_arrow(cleaned, pool.imap(clean_batch, jobs))
+    with ProcessPoolExecutor(args.processes, initializer=quiet_worker) as pool:
+        try:
+            write_arrow(cleaned, pool.map(clean_batch, jobs))
+        except BaseException:                        # 叫停、磁盘满：不等没做完的
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 # ==== 4. 去重，留出验证集 ====
