@@ -31,7 +31,6 @@ import shutil
 import signal
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -322,14 +321,18 @@ def read_and_clean(sources, args, raw, cleaned):
     jobs = [(str(raw), number) for number in range(len(open_batches(raw)))]
     if raw.stat().st_size < SMALL_BYTES:             # 小的，开进程比清洗还慢
         return write_arrow(cleaned, map(clean_batch, jobs))
-    with ProcessPoolExecutor(args.processes, initializer=quiet_worker) as pool:
-        try:
-            write_arrow(cleaned, pool.map(clean_batch, jobs))
-        except BaseException:                        # 叫停、磁盘满：不等没做完的
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = multiprocessing.Pool(args.processes, quiet_worker)
+    try:
+        write_arrow(cleaned, pool.imap(clean_batch, jobs))
+    except (SystemExit, OSError) as stop:            # 进程池半途收摊会卡住，所以自己收拾干净，立刻退出
+        shutil.rmtree(cleaned.parent, ignore_errors=True)
+        if isinstance(stop, OSError):
+            print(f"错误：写不进 {cleaned.parent}（{stop}）；清出空间，再跑同一条命令", file=sys.stderr)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(1 if isinstance(stop, OSError) else stop.code)
+    pool.close()
+    pool.join()
 
 
 # ==== 4. 去重，留出验证集 ====
