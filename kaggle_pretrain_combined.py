@@ -183,27 +183,29 @@ restore(s)
 # %%
 SHORTEST, LETTERS = 4, 0.3          # 短于前者算太短；字母和汉字不到后者算不是文字
 EVAL_MAXIMUM = 10_000               # 每个来源的验证集至多几篇
-TAG = (r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->|</?(?:a|b|big|blockquote|br|"
-       r"center|cite|code|del|div|em|figcaption|figure|font|h[1-6]|hr|i|iframe|img|ins|li|noscript|ol|p|pre|"
-       r"s|small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|u|ul|video)"
+TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|ins|li|"
+       r"noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
        r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 BOILERPLATE = (
-    r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:"
-    r"(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?(?:[ ,，]*\d{1,2}:\d{2})?"
-    r"(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*"
-    r"(?:非商业转载请注明出处)?[。.]?|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
+    r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
+    r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
+    r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
+    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
     r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
-RULES = [(name, hints, re.compile(pattern), replacement) for name, hints, pattern, replacement in [
-    # 名字, 线索（文中一个也没有就不用试）, 样式, 换成什么；从上到下依次做
+HINTS = ("编辑于", "发布于", "著作权", "zhihu.com", "：知乎", "[视频", "[图片", "[动图", "加载中", "封面", "阅读全文")
+RULES = [(step, hints, re.compile(pattern), replacement) for step, hints, pattern, replacement in [
+    # 步骤, 线索（文中一个也没有就不用试）, 样式, 换成什么；从上到下依次做
+    ("replaced_u2581", "\u2581", "\u2581", " "),
     ("html", "<", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
+    ("html", "<", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
     ("html", "<", TAG, ""),
     ("html", "&", r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});",
      lambda match: html.unescape(match[0]).replace("\xa0", " ")),
     ("invisible", "\r\x0b\x0c\x85\u2028\u2029", "\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n"),      # 各种换行
     ("invisible", [""], "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
-     "\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffc]", ""),
+     "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]", ""),
     ("invisible", "\u200d", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),      # 不拆表情
-    ("boilerplate", ["编辑于", "发布于", "著作权", "zhihu.com", "来源", "[", "加载", "封面", "全文"], BOILERPLATE, ""),
+    ("boilerplate", HINTS, BOILERPLATE, ""),
     ("blank_lines", "\n", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
 
@@ -232,13 +234,11 @@ def held_out_limit(documents, smallest):
 
 def clean(text):
     """清洗一篇；整篇不要，就返回空的。"""
-    text = text.replace("\u2581", " ")  # SentencePiece 内部的空格记号
     for _, hints, pattern, replacement in RULES:
         text = pattern.sub(replacement, text) if any(hint in text for hint in hints) else text
     text = text.strip()
-    head = re.sub(r"\s", "", text[:1000])
-    letters = sum(map(len, re.findall(r"[^\W\d_]+", head)))
-    return text if len(text) >= SHORTEST and letters >= LETTERS * len(head) else ""
+    head = "".join(text[:300].split())
+    return text if len(text) >= SHORTEST and sum(map(str.isalpha, head)) >= LETTERS * len(head) else ""
 
 def clean_batch(batch):
     texts = [clean(text) for text in batch["text"]]

@@ -110,16 +110,20 @@ def documents(sources, args):
 # ==== 2. 读文件 ====
 
 def find_encoding(head):
-    """由开头的几百 KB 认出编码。UTF-8 坏了几个字节也是 UTF-8；别的，要解出来的多半是常用字（GB2312 里有）。"""
+    """由开头的几百 KB 认出编码：UTF-8；不是的话，哪种解出来的常用字（GB2312 里有的）最多，就是哪种。"""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    for encoding in "utf-8-sig", "gb18030", "utf-16-le", "utf-16-be":
-        text = head.decode(encoding, "replace")[:-1].replace("\0", "\ufffd")     # 末尾可能是切断的半个字
-        wide = len(text) - len(text.encode("ascii", "ignore"))
-        common = len(text.encode("gb2312", "ignore").decode("gb2312"))
-        if text.count("\ufffd") * 10 <= wide if encoding == "utf-8-sig" else common * 2 > len(text):
-            return encoding
-    raise ValueError("认不出编码，不像 UTF-8、UTF-16 或 GB18030 的中文；先转成 UTF-8")
+    texts = {encoding: head.decode(encoding, "replace")[:-1].replace("\0", "\ufffd")     # 末尾可能是半个字
+             for encoding in ("utf-8-sig", "gb18030", "utf-16-le", "utf-16-be")}
+    utf8 = texts.pop("utf-8-sig")                    # 坏了几个字节的也算：读到那里再报错，不能当成 GB18030
+    if utf8.count("\ufffd") * 10 <= len(utf8) - len(utf8.encode("ascii", "ignore")):
+        return "utf-8-sig"
+    common = {encoding: len(text.encode("gb2312", "ignore").decode("gb2312")) / max(1, len(text))
+              for encoding, text in texts.items()}
+    best = max(common, key=common.get)
+    if common[best] < 0.4:                           # 对的是 0.99；Big5 当成 GB18030 是 0.3
+        raise ValueError("认不出编码，不像 UTF-8、UTF-16 或 GB18030 的中文；先转成 UTF-8")
+    return best
 
 
 def read_json(text):
@@ -304,7 +308,7 @@ def build(rows, folder):
             total = sum(count[step] for count in counts.values())
             print(f"{CLEANING.get(step, '重复的文档')}：{total:,} 处，例如", *map(repr, found), sep="\n    ")
     print(pd.DataFrame(counts).to_string())
-    if not table["train_documents"].any():
+    if table["documents"].sum() < 2:
         sys.exit(f"错误：语料太少：读了 {len(table)} 行，只剩 {table['documents'].sum()} 篇不同的，至少要 2 篇；看上面的计数")
     for part in "train", "eval":                     # 文档在这里打乱一次，以后打包从头到尾顺着读
         rows = np.random.default_rng(SEED).permutation(np.flatnonzero(table[f"{part}_documents"]))

@@ -84,8 +84,8 @@ class ReadAndClean(PipelineStep):
     def run(self, data=None, rank=0, world_size=1):
         for number in range(rank, len(self.files), world_size):
             source, path = self.files[number]
-            for row in prepare_corpus.read_documents(source, Path(path), None):
-                text, counts, _ = prepare_corpus.clean(row["text"])
+            for text in prepare_corpus.read_texts(Path(path)):
+                text, counts, _ = prepare_corpus.clean(text)
                 for step, count in counts.items():
                     self.stat_update(step, value=count)
                 if text:

@@ -135,7 +135,7 @@ def test_cleaning_and_split_are_those_of_prepare_corpus(kaggle, real_texts):
     batch = kaggle.clean_batch({"text": texts})
     sources = np.arange(len(texts)) // 3000
     table = pd.DataFrame({"hash": batch["hash"], "source": sources})
-    theirs = {"hash": batch["hash"], "source": sources, "characters": np.array(list(map(len, batch["text"])))}
+    theirs = table.assign(characters=list(map(len, batch["text"])))
     kaggle.split(table)
     prepare_corpus.split(theirs)
     for part in ("train_documents", "eval_documents"):
