@@ -7,7 +7,7 @@
 
 读 .parquet，和 .jsonl .json .csv .txt（也可压缩成 .gz .xz .zst）的文件、文件夹、通配符，前面可以写“名字=”。
 写 <output_dir>/train-*.parquet、eval-*.parquet（列 text、source）和 report.json（每一个计数）。
-测过（2 核 Intel Xeon，2026-11-24）：@MEASURED@
+测过（2 核 Intel Xeon，2026-11-24）：演示 1.3 秒；681 MB、243,075 篇的 .jsonl 用 CPU 16 秒。
 """
 
 import argparse
@@ -35,7 +35,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 DATASETS = {                        # Hub 和 ModelScope 上的名字，已知的行数
-    "wiki": ("pleisto/wikipedia-cn-20230720-filtered", "AI-ModelScope/wikipedia-cn-20230720-filtered", 254_547),
+    "wiki": ("pleisto/wikipedia-cn-20230720-filtered",
+             "AI-ModelScope/wikipedia-cn-20230720-filtered", 254_547),
     "zhihu": ("wangrui6/Zhihu-KOL", "OmniData/Zhihu-KOL", 1_006_218)}
 SCHEMA = pa.schema({"text": pa.string(), "source": pa.string()})
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -186,8 +187,8 @@ def read_texts(path, column=None):
 # ==== 3. 清洗 ====
 
 # 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
-TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|ins|li|"
-       r"noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
+TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|ins|"
+       r"li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
        r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 # 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
 BOILERPLATE = (

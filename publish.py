@@ -69,13 +69,12 @@ print(pipeline("text-generation", "{repo}")("中国的历史", max_new_tokens=30
 它学的是词怎样接着词，不是事实：写出来的人名、数字、日期、引文都可能是编的。语料里的偏见它也学了。不要用于需要真话的地方。
 训练的代码是 MIT；模型的使用还受语料的许可约束，见 `corpus_card.md`。
 """
-DATA_CARD = """---
-configs: [{config_name: default, data_files: [
-  {split: train, path: train-*.parquet}, {split: validation, path: eval-*.parquet}]}]
+DATA_CARD = ("---
+configs: [{config_name: default, data_files: [{split: train, path: train-*.parquet}, "
+             "{split: validation, path: eval-*.parquet}]}]
 ---
-由 prepare_corpus.py 清洗、去重、切分。公开之前，请写明来源和许可。
-
-"""
+公开之前，请写明来源和许可。
+")
 DEMO = "（演示）\n\n> 这是**演示**：很小的模型，在很少的文本上训练了几分钟，只为看清训练的每一步，句子不通是正常的。"
 
 
@@ -147,7 +146,7 @@ def collect(what, work_dir, repo):
     if not files:
         sys.exit(f"错误：--what 里的 {what} 没有文件可传（{folder}）；先训练，或检查 --work_dir 和 --what 的拼写")
     if what == "dataset":
-        files.setdefault("README.md", (DATA_CARD + corpus_table(work_dir)).encode())
+        files.setdefault("README.md", DATA_CARD.encode())
     if what == "model":
         snapshots = sorted(work_dir.glob("snapshots/step-*/*"))
         files |= {path.relative_to(work_dir).as_posix(): path for path in snapshots}

@@ -299,7 +299,7 @@ BAD = {
     "bad.jsonl.gz": (gzip.compress(LINES)[:60] + b"\x55" * 300, "损坏"),
     "half.jsonl.xz": (lzma.compress(LINES)[:200], "损坏"), "bad.jsonl.zst": (b"0" * 999, "损坏"),
     "half.jsonl.zst": (pa.compress(LINES, codec="zstd", asbytes=True)[:300], "损坏"),
-    "noise.txt": (b"\xff\x00\x81 \xfa\xff\xff\n" * 40, "第 0 字节"),
+    "noise.txt": (b"\xff\x00\x81 \xfa\xff\xff\n" * 40, "认不出编码"),
     "big5.txt": ("這是繁體中文的小說，編碼是老式的，讀不了。".encode("big5") * 9, "认不出编码"),
     "byte.txt": (UTF8 + "好".encode() + b"\x81\x81\x81" + UTF8, "第 603 字节"),
     "far.txt": ("好的中文\n".encode() * 100_000 + b"\xff" + UTF8, "第 1300000 字节"),
