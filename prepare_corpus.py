@@ -187,8 +187,8 @@ def read_texts(path, column=None):
 # ==== 3. 清洗 ====
 
 # 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
-TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|ins|"
-       r"li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
+TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|"
+       r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
        r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 # 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
 BOILERPLATE = (
@@ -275,8 +275,9 @@ def held_out_limit(documents, smallest):
 
 def split(table):
     """给每篇一行的 table 加几列：duplicates（重复的，只留第一篇）、documents（留下的）、train_ 和 eval_documents。"""
-    kept = (table["characters"] > 0) & ~table["hash"].duplicated()
-    table["duplicates"], table["documents"], table["eval_documents"] = (table["characters"] > 0) & ~kept, kept, False
+    usable = table["characters"] > 0
+    kept = usable & ~table["hash"].duplicated()
+    table["duplicates"], table["documents"], table["eval_documents"] = usable & ~kept, kept, False
     for _, hashes in table["hash"][kept].groupby(table["source"]):
         limit = held_out_limit(len(hashes), np.sort(hashes)[:EVAL_MAXIMUM])
         table.loc[hashes.index[hashes <= limit], "eval_documents"] = True
@@ -346,7 +347,8 @@ def main():
         print(f"重做语料：{reason}") if args.rebuild else sys.exit(
             f"错误：{reason}，而这里已有训练；换一个 --work_dir，或加 --fresh 从头开始")
     with new_folder(args.output_dir) as staging:
-        report = {"format": FORMAT, "key": key, "corpus": args.corpus, **build(documents(sources, args), staging)}
+        report = {"format": FORMAT, "key": key, "corpus": args.corpus}
+        report |= build(documents(sources, args), staging)
         (staging / "cleaned.arrow").unlink()         # 这时已没有人映射着它；Windows 上映射着的删不掉
         report["files"] = {file.name: file.stat().st_size for file in staging.iterdir()}
         text = json.dumps(report, ensure_ascii=False, indent=1)
