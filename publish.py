@@ -69,12 +69,8 @@ print(pipeline("text-generation", "{repo}")("中国的历史", max_new_tokens=30
 它学的是词怎样接着词，不是事实：写出来的人名、数字、日期、引文都可能是编的。语料里的偏见它也学了。不要用于需要真话的地方。
 训练的代码是 MIT；模型的使用还受语料的许可约束，见 `corpus_card.md`。
 """
-DATA_CARD = ("---
-configs: [{config_name: default, data_files: [{split: train, path: train-*.parquet}, "
-             "{split: validation, path: eval-*.parquet}]}]
----
-公开之前，请写明来源和许可。
-")
+DATA_CARD = ("---\nconfigs: [{config_name: default, data_files: [{split: train, path: train-*.parquet}, "
+             "{split: validation, path: eval-*.parquet}]}]\n---\n公开之前，请写明来源和许可。\n")
 DEMO = "（演示）\n\n> 这是**演示**：很小的模型，在很少的文本上训练了几分钟，只为看清训练的每一步，句子不通是正常的。"
 
 
