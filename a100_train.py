@@ -542,6 +542,7 @@ def main():
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
     stop = StopRequest(s)
     trainer = train(s, checkpoint, stop)
+    accelerate.PartialState().destroy_process_group()  # 不然退出时偶尔会崩溃
     if trainer.state.global_step < s.total_steps:
         print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)

@@ -314,7 +314,8 @@ def test_bad_values(tmp_path, argv, words):
     assert all(word in message for word in words) and not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("argv", [["--learning_rate", "fast"], ["--n_layer", "2.5"], ["--batch_size", "some"], ["--preset", "a100"],
+@pytest.mark.parametrize("argv", [["--learning_rate", "fast"], ["--n_layer", "2.5"], ["--batch_size", "some"],
+                                  ["--preset", "a100"],
                                   ["--learning_rat", "1"], ["--corpus"], ["stray"]])
 def test_argparse_refuses(tmp_path, capsys, argv):
     with pytest.raises(SystemExit) as stopped:
