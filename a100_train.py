@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """第 3 步：从零训练一个中文 GPT-2（82.1 M 参数：8 层 × 768 维，12 个头，词表 32,000，上下文 1,024）。
 
-输入：<work_dir>/corpus/ 和 tokenizer/；缺哪个，就先运行旁边的 prepare_corpus.py、train_tokenizer.py。
-输出：<work_dir>/final_model/、loss_curve.png、generation_samples.md，和 packed/、checkpoints/、日志。
+读 <work_dir>/corpus/ 和 tokenizer/（没有就先运行前两步的脚本），写 final_model/、loss_curve.png、generation_samples.md。
 
     python a100_train.py --preset demo           # 演示：没有显卡也能跑，不用联网，几分钟
     python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
     torchrun --nproc_per_node=2 a100_train.py    # 两张卡
 测过：演示在 2 核 Intel Xeon 上 114 秒，每字比特 5.72（2026-11-24）；显卡上未测。
-中断了，同一条命令再跑一次就从最新的检查点接着来，结果不变。第 8 节只管防错，初学可以不看。
+中断了，同一条命令再跑一次就接着训练，结果不变。第 8 节只管防错，初学可以不看。
 """
 
 import argparse
@@ -18,16 +17,14 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import zipfile
 from datetime import timedelta
 from pathlib import Path
-from pickle import UnpicklingError
 
 import accelerate
 import filelock
@@ -36,6 +33,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import sentencepiece as spm
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -48,38 +46,42 @@ SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, p
 
 # ==== 1. 设置 ====
 
+def int_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
 HOME = Path("/root/autodl-tmp" if Path("/root/autodl-tmp").is_dir() else "") / "gpt2-chinese"
 SWITCH = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上，不写是自动
-# 每行：名字、类型、说明、full（完整训练）的默认值、demo（演示）的默认值（不写就相同）
+# 每行：名字、类型、说明、完整训练（full）的默认值、演示（demo）的默认值（不写就相同）
 SETTINGS = [
-    ("work_dir", Path, "一切输出所在的文件夹", HOME),
-    ("corpus", list, "来源：wiki zhihu demo 或 [名字=]路径，可以几个", ["wiki", "zhihu"], ["demo"]),
-    ("vocab_size", int, "词表 V：一共有多少种 token", 32_000, 4_500),
+    ("work_dir", Path, "输出的文件夹", HOME),
+    ("corpus", list, "wiki zhihu demo 或 [名字=]路径，可以几个", ["wiki", "zhihu"], ["demo"]),
+    ("vocab_size", int, "词表 V：token 有多少种", 32_000, 4_500),
     ("n_layer", int, "层数 L", 8, 2),
-    ("n_embd", int, "每个位置的向量有几维，C", 768, 128),
+    ("n_embd", int, "向量的维数 C", 768, 128),
     ("n_head", int, "注意力的头数", 12, 4),
-    ("block_size", int, "上下文 T：一块有多少 token，模型最多看这么远", 1024, 64),
-    ("batch_size", str, "微批量：一次算多少块，或 auto", 48, 32),
-    ("effective_batch_size", int, "有效批量：更新一次参数看多少块", 96, 32),
+    ("block_size", int, "上下文 T：一块有多少 token", 1024, 64),
+    ("batch_size", int_or_auto, "微批量：一次算几块，或 auto", 48, 32),
+    ("effective_batch_size", int, "有效批量：更新一次看几块", 96, 32),
     ("epochs", float, "把语料读几遍", 2.0, 1.0),
-    ("max_steps", int, "更新几次参数；大于 0 时代替 epochs", 0, 1350),
-    ("max_hours", float, "到这么多小时前存好停下，下次接着来", None),
-    ("learning_rate", float, "最高学习率；Muon 时只管矩阵以外的", None),
-    ("muon_learning_rate", float, "Muon 时矩阵的最高学习率", 0.02),
+    ("max_steps", int, "更新几次；大于 0 时代替 epochs", 0, 1350),
+    ("max_hours", float, "到这个时间前存好停下，下次接着来", None),
+    ("learning_rate", float, "最高学习率（Muon 时管矩阵以外的）", None),
+    ("muon_learning_rate", float, "矩阵的最高学习率（Muon）", 0.02),
     ("seed", int, "随机种子", 42),
     ("device", str, "cuda、cpu 或 mps（苹果的显卡，未测）", "auto"),
     ("precision", str, "矩阵乘用的数：bf16、fp16、fp32", "auto"),
     ("attn", str, "注意力：flash_attention_2、sdpa、eager", "auto"),
     ("optim", str, "优化器：muon、adamw_torch_fused、adamw_torch、adamw_bnb_8bit", "auto"),
-    ("compile", SWITCH, "torch.compile：把相邻的小运算融合成一个核", None),
-    ("tf32", SWITCH, "fp32 的矩阵乘截成 19 位；bf16 训练时几乎用不上", None),
-    ("liger", SWITCH, "融合的交叉熵：不存 logits，省显存", False),
+    ("compile", SWITCH, "torch.compile：把小运算融合成一个核", None),
+    ("tf32", SWITCH, "fp32 的矩阵乘截成 19 位；bf16 时几乎用不上", None),
+    ("liger", SWITCH, "融合的交叉熵，省显存", False),
     ("gradient_checkpointing", SWITCH, "不存激活，反向时重算：省显存，多算三分之一", False),
     ("logging_steps", int, "每多少步一行日志", 10),
     ("eval_steps", int, "每多少步验证、续写、存检查点", 500, 225),
-    ("snapshots", SWITCH, "训练途中留几份小的模型（snapshots/），供网页比较", True),
+    ("snapshots", SWITCH, "途中留几份模型（snapshots/），供网页比较", True),
     ("report_to", str, "同时记到：tensorboard、swanlab、trackio、wandb", "none"),
-    ("prepare_only", bool, "准备好数据就停，不要显卡", False),
+    ("prepare_only", bool, "只准备数据，不要显卡", False),
     ("fresh", bool, "丢掉检查点和日志，从头训练", False),
 ]
 # learning_rate 的默认值：(Muon 时, 只用 AdamW)；怎么定的见 results/recipe/README.md
@@ -97,40 +99,33 @@ def read_settings():
     kinds = {SWITCH: {"action": SWITCH}, bool: {"action": "store_true"},
              list: {"action": "extend", "nargs": "+"}}
     for name, kind, text, *defaults in SETTINGS:
-        text += f"（默认 {'，演示 '.join(map(str, defaults))}）" if defaults[0] else ""
-        how = kinds.get(kind, {"type": kind})
-        parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{name}", help=f"{text}（默认 {'，演示 '.join(map(str, defaults))}）",
+                            default=argparse.SUPPRESS, **kinds.get(kind, {"type": kind}))
     given = vars(parser.parse_args())
     column = 3 if given["preset"] == "full" else -1
     s = argparse.Namespace(**{row[0]: row[column] for row in SETTINGS} | given, given=sorted(given))
     if s.batch_size == "auto":
         s.batch_size = s.effective_batch_size // WORLD_SIZE
-    if not str(s.batch_size).isdecimal():
-        fail(f"--batch_size 是 {s.batch_size}；要一个大于 0 的整数，或 auto")
-    s.batch_size = int(s.batch_size)
     for name, value in vars(s).items():
-        low = 0 if name in ("max_steps", "seed") or isinstance(value, bool) else 1e-9
-        if isinstance(value, (int, float)) and not low <= value < 2**32:
+        low = 0 if name in ("max_steps", "seed") else 1e-9
+        if type(value) in (int, float) and not low <= value < 2**32:
             fail(f"--{name} 是 {value}；要一个大于 0 的数")
-    if s.n_embd % s.n_head:
-        fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍；每个头的维数要相等")
-    if s.effective_batch_size % (s.batch_size * WORLD_SIZE):
-        fail(f"--effective_batch_size {s.effective_batch_size} 不是 --batch_size {s.batch_size} × {WORLD_SIZE} "
-             f"个进程的整数倍；把 --batch_size 改成它的约数")
+    if s.n_embd % s.n_head or s.effective_batch_size % (s.batch_size * WORLD_SIZE):
+        fail(f"--n_embd {s.n_embd} 要是 --n_head {s.n_head} 的整数倍，--effective_batch_size "
+             f"{s.effective_batch_size} 要是 --batch_size {s.batch_size} × {WORLD_SIZE} 个进程的整数倍")
     return s
 
 
 def choose_speed(s):
     """把 auto 换成这台机器上最快而可靠的做法；写明了却办不到的，报错。"""
-    # A100（计算能力 8.0）与 T4（7.5）的区别全在这里：8.0 起有 bf16、TF32、FlashAttention，T4 没有，用 fp16。
-    # fp32 一个数 4 字节。bf16 2 字节，范围一样大、位数少，快得多而损失几乎不变。fp16 也是 2 字节，大于 65,504 就溢出，
-    # 要 GradScaler 放大损失、跳过溢出的一步。FlashAttention 分块算注意力，不存 T × T 的矩阵；torch 的 SDPA 里也是它
+    # A100（计算能力 8.0）与 T4（7.5）的区别全在这里：8.0 起有 bf16、TF32、FlashAttention，T4 用 fp16。
+    # bf16 每个数 2 字节，范围与 4 字节的 fp32 一样，位数少；fp16 大于 65,504 就溢出，要 GradScaler 放大损失、跳过
+    # 溢出的一步。FlashAttention 分块算注意力，不存 T × T 的矩阵；torch 的 SDPA 里也有它
     def has(package):
         return importlib.util.find_spec(package) is not None
-    cuda = torch.cuda.is_available() and s.device in ("auto", "cuda")
+    cuda, flash = torch.cuda.is_available() and s.device in ("auto", "cuda"), has("flash_attn")
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
     ampere, compiler = capability >= (8, 0), has("triton") if cuda else bool(shutil.which("g++"))
-    flash = has("flash_attn")
     trusted = not torch.__version__.startswith("2.10.")  # 2.10 的 compile 在 A100 上出过 NaN，默认不开
     possible = {  # 每个设置在这里办得到的值，最好的在前
         "device": ["cuda"] * cuda + ["cpu"] + ["mps"] * torch.backends.mps.is_available(),
@@ -147,13 +142,12 @@ def choose_speed(s):
     s.learning_rate = s.learning_rate or LEARNING_RATES[s.preset][s.optim != "muon"]
     if cuda:
         print(f"计算能力 {capability}，torch {torch.__version__}，flash-attn 包{'有' if flash else '没有（不要紧）'}")
-    asked = {"max_steps", "device", "prepare_only"} & set(s.given)
-    if s.device == "cpu" and s.preset == "full" and not asked:
-        fail("没有 CUDA 显卡，CPU 上要几个月。先看演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu")
+    elif s.preset == "full" and not {"max_steps", "device", "prepare_only"} & set(s.given):
+        fail("没有 CUDA 显卡，CPU 上要几个月。看演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu")
 
 
 def derive(s):
-    """数据准备好以后，由它决定的数也放进 s；全部写进 config.json，打印要紧的。"""
+    """数据准备好以后，由它决定的数也放进 s。"""
     vars(s).update(read_report(s.work_dir / "packed", "meta.json"))
     s.n_blocks = s.train_tokens // s.block_size
     if s.n_blocks < 1:
@@ -163,11 +157,9 @@ def derive(s):
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
     per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 怎么来的见第 3 节
     s.parameters = (s.vocab_size + s.block_size) * s.n_embd + s.n_layer * per_layer + 2 * s.n_embd
-    # 一个 token 的浮点运算（PaLM 论文附录 B）：每个参数前向 2 次、反向 4 次，位置向量不算，另加注意力里位置的两两相乘
+    # 一个 token 的浮点运算（PaLM 论文附录 B）：每个参数 6 次（前向 2，反向 4；位置向量不算），另加注意力的两两相乘
     s.flops_per_token = 6 * s.parameters + (12 * s.n_layer - 6) * s.block_size * s.n_embd
-    need = s.parameters * (3 * 12 + 4 + 2 * 12 * s.snapshots)  # 检查点（fp32 权重和优化器）× 3，最终模型，bf16 快照 × 12
-    if shutil.disk_usage(s.work_dir).free < need:
-        fail(f"{s.work_dir} 的磁盘不够：训练要 {need / 2**30:.1f} GB；清出空间，或换 --work_dir，或加 --no-snapshots")
+    check_disk(s.work_dir, s.parameters * (3 * 12 + 4 + 2 * 12 * s.snapshots))  # 检查点 × 3，最终模型，快照 × 12
     s.device_name = torch.cuda.get_device_name() if s.device == "cuda" else s.device
     print(f"{s.device_name}，{s.precision}，{s.attn}，{s.optim}，compile {s.compile}，{s.parameters:,} 参数，"
           f"{s.train_tokens:,} 个训练 token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步，"
@@ -180,20 +172,20 @@ def derive(s):
 # 再切成每 block_size 个一块，一块是一个训练样本：没有填充，一个 token 也不浪费。
 
 def prepare(s, checkpoint):
-    """缺语料或分词器，就运行旁边的脚本。要接着 checkpoint 训练时，数据和设置必须与那次一样，否则报错，什么也不动。"""
-    corpus, tokenizer = s.work_dir / "corpus", s.work_dir / "tokenizer"
+    """缺语料或分词器，就运行前两步的脚本。接着 checkpoint 训练时，数据和设置必须没有变，否则报错，什么也不动。"""
+    corpus, tokenizer, config = (s.work_dir / name for name in ("corpus", "tokenizer", "config.json"))
     flag = "--no-rebuild" if checkpoint else "--rebuild"
     if "corpus" in s.given or not read_report(corpus):
         run_script("prepare_corpus.py", corpus, flag, "--corpus", *s.corpus)
     corpus_hash, old = read_report(corpus)["corpus_hash"], read_report(tokenizer)
     if old.get("corpus_hash") != corpus_hash or "vocab_size" in s.given and old["vocab_size"] != s.vocab_size:
-        run_script("train_tokenizer.py", tokenizer, flag, "--corpus_dir", corpus,
-                   "--vocab_size", s.vocab_size)
-    s.key, path = [corpus_hash, read_report(tokenizer)["key"]], s.work_dir / "config.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name in RECIPE if checkpoint else []:
-        if old.get(name) != vars(s)[name]:
-            fail(f"已有的训练用的 {name} 是 {old.get(name)}，这次是 {vars(s)[name]}：改回去，或换 --work_dir，或加 --fresh 从头来")
+        run_script("train_tokenizer.py", tokenizer, flag,
+                   "--corpus_dir", corpus, "--vocab_size", s.vocab_size)
+    s.key = [corpus_hash, read_report(tokenizer)["key"]]
+    old = json.loads(config.read_text(encoding="utf-8")) if checkpoint else vars(s)
+    for name in RECIPE:
+        if old[name] != vars(s)[name]:
+            fail(f"已有的训练用的 {name} 是 {old[name]}，这次是 {vars(s)[name]}：改回去，或换 --work_dir，或加 --fresh 从头来")
 
 
 def read_corpus(s, split):
@@ -205,7 +197,7 @@ def read_corpus(s, split):
 
 def encode(sp, texts):
     """一批文档 -> 一维 uint16 数组。每篇后面跟一个 </s>，文档之间只有它：模型由它学会一篇在哪里结束。"""
-    # SentencePiece 在超长的字符串上会累积误差，所以切成页，尽量在行尾切：换行自成一个词块，切开不改变编号
+    # 太长的字符串 SentencePiece 会累积误差，所以切成页，尽量在行尾切：换行自成一个词块，切开不改变编号
     documents = [re.findall(r"(?s).{1,8000}(?:\n|\Z)|.{1,8000}", text) for text in texts]
     ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(),
                     return_type="numpy")
@@ -216,7 +208,7 @@ def encode(sp, texts):
 
 def pack(s):
     """语料编码成 packed/train.bin 和 eval.bin（按来源排在一起）；语料和分词器没变就沿用。"""
-    # uint16 装得下 65,536 种 token，每个 2 字节：6 亿 token 是 1.2 GB，用时映射进内存，不必整个读入
+    # uint16 装得下 65,536 种 token：6 亿 token 是 1.2 GB，训练时映射着读
     packed, counts, sources, end = s.work_dir / "packed", 0, {}, 0
     if read_report(packed, "meta.json").get("key") == s.key:
         return print(f"打包好的数据没有变，沿用 {packed}")
@@ -225,28 +217,26 @@ def pack(s):
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
     with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
-            tokens = encode(sp, texts)
-            file.write(tokens)  # 不用 tofile：磁盘满时它的 OSError 没有错误号
+            file.write(tokens := encode(sp, texts))
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
     pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
     with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
-            tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            file.write(tokens)
+            texts = [text for source, text in pairs if source == name]
+            file.write(tokens := encode(sp, texts))
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
-    meta = {
+    write_json(packed / "meta.json", {
         "key": s.key, "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
         "unigram_entropy": float(-(share * np.log(share)).sum()),  # 只猜词频能到的损失，nat
-        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}}
-    (packed / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}})
 
 
 class BlockStream(torch.utils.data.Dataset):
     """整个训练过程要用的全部块，排成一列：每一遍把 n 块重新打乱。"""
 
-    # 次序只由 seed 和第几个决定，与微批量、进程数无关，所以换一张小卡续训，数据次序也不变
+    # 次序只由 seed 和第几遍决定，与微批量、进程数无关，所以换一张小卡续训，数据次序也不变
     def __init__(self, path, block_size, length, seed):
         self.path, self.block_size = path, block_size
         n_blocks = path.stat().st_size // 2 // block_size  # 只丢掉末尾不满一块的
@@ -272,8 +262,8 @@ class BlockStream(torch.utils.data.Dataset):
 #   词向量 V·C = 24,576,000（输出层与它共用），位置向量 T·C = 786,432，最后的 LayerNorm 2·C = 1,536
 #   每层 12·C² + 13·C = 7,087,872：注意力的 q、k、v 3C² 和输出 C²，MLP 的 C → 4C → C 共 8C²，其余是偏置和 LayerNorm
 #   24,576,000 + 786,432 + 8 × 7,087,872 + 1,536 = 82,066,944
-# 损失：每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均，单位 nat。什么都没学时每种 token 的概率都是
-# 1/V，损失是 ln V：词表 32,000 是 10.37，演示的 4,500 是 8.41。第一行日志应当接近它。
+# 每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均，单位 nat。什么都没学时概率都是 1/V，损失是 ln V：
+# 词表 32,000 是 10.37，演示的 4,500 是 8.41。第一行日志应当接近它。
 
 class GPT2(transformers.GPT2LMHeadModel):
     """transformers 的 GPT-2，只改一处：给了 labels 就只返回损失。labels 是错开一位的 input_ids，形状 (B, T)。"""
@@ -286,43 +276,20 @@ class GPT2(transformers.GPT2LMHeadModel):
         if self.liger:  # 输出层和交叉熵融合成一个核，不产生 (B·T, V) 的 logits
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
             return {"loss": fused(hidden, self.lm_head.weight.to(hidden.dtype), labels.flatten())}
-        return {"loss": cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
-
-
-class InPlaceCrossEntropy(torch.autograd.Function):
-    """交叉熵，反向时把 log_softmax 就地改写成梯度（softmax − 独热）：少写两份 (B·T, V)，CPU 上一步快 6 %。"""
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        log_probabilities = logits.log_softmax(-1)
-        ctx.save_for_backward(log_probabilities, labels)
-        return torch.nn.functional.nll_loss(log_probabilities, labels)
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        log_probabilities, labels = ctx.saved_tensors
-        kept, gradient = labels != -100, log_probabilities.exp_()
-        gradient[torch.arange(len(labels)), labels.clamp_min(0)] -= 1
-        return gradient.mul_((kept * grad_loss / kept.sum())[:, None]), None
-
-
-def cross_entropy(logits, labels):
-    """平均交叉熵；logits 形状 (B·T, V)，labels 形状 (B·T,)，-100 不计。显卡上、compile 时用 torch 自己的。"""
-    on_cpu = logits.is_cpu and not torch.compiler.is_compiling()
-    return (InPlaceCrossEntropy.apply if on_cpu else torch.nn.functional.cross_entropy)(logits, labels)
+        return {"loss": F.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
 
 
 def build_model(s):
     """新建一个随机初始化的 GPT-2。同一个 s.seed 得到同样的权重。"""
-    # torch.compile 下 "sdpa" 会造出 B × 1 × T × T 的掩码，用不上 FlashAttention；换个名字注册同一个函数，就只传
-    # is_causal=True（只许看前面）。它不看 padding，所以续写时一次只生成一条
+    # compile 时 "sdpa" 会造出 B × 1 × T × T 的掩码，用不上 FlashAttention；换个名字注册同一个函数，就只传 is_causal
+    # （只许看前面）。它不看 padding，所以续写时一次只生成一条
     transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     torch.manual_seed(s.seed)
     model = GPT2(transformers.GPT2Config(
         n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, vocab_size=s.vocab_size,
         n_positions=s.block_size, bos_token_id=BOS, eos_token_id=EOS,
         pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
-        activation_function="gelu_pytorch_tanh",  # 与 gelu_new 是同一个函数，融合成一个核，少存三份中间结果
+        activation_function="gelu_pytorch_tanh",  # 就是 gelu_new，融合成一个核，少存三份中间结果
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,  # 文字只读一两遍，不用 dropout
         attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
     model.liger = s.liger
@@ -332,22 +299,19 @@ def build_model(s):
 # ==== 4. 优化器与学习率 ====
 
 # 一步：参数 -= 学习率 × 方向。AdamW 给每个数各定步长，要记两份历史（梯度的平均，梯度平方的平均）。
-# Muon（Keller Jordan 等，2024）看的是整个矩阵：梯度往往集中在少数几个方向上，把它正交化（奇异值都变成 1），各个方向就
-# 走得一样远；只记一份动量。词向量每行各管一个 token，偏置和 LayerNorm 是向量，都谈不上这样的方向，仍用 AdamW。
-# 8 位 AdamW（--optim adamw_bnb_8bit）把历史存成 1 字节一个：82 M 参数从 0.63 GB 减到 0.30 GB（词向量仍是 fp32）。
+# Muon（Keller Jordan 等，2024）看整个矩阵：梯度往往集中在少数几个方向上，把它正交化（奇异值都变成 1），各个方向就
+# 走得一样远；只记一份动量。词向量每行各管一个 token，偏置和 LayerNorm 是向量，没有这样的方向，仍用 AdamW。
+# 8 位 AdamW（adamw_bnb_8bit）把历史存成 1 字节：82 M 参数从 0.63 GB 减到 0.30 GB（词向量仍是 fp32）。
 
 def orthogonalize(matrix, steps=5):
     """Newton–Schulz 迭代：把 (..., m, n) 的矩阵近似换成奇异值全为 1 的矩阵。系数来自 Keller Jordan 的 Muon。"""
-    # 先除以范数，每个数都不超过 1，所以显卡上用 2 字节的数就够，fp16 也不会溢出；CPU 上那样反而慢
-    ampere = matrix.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
     x = matrix.float() / (matrix.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(torch.bfloat16 if ampere else torch.float16 if matrix.is_cuda else torch.float32)
+    x = x.half() if x.is_cuda else x  # 每个数都不超过 1，fp16 不会溢出；CPU 上 fp16 反而慢
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        polynomial = (gram @ gram).mul_(2.0315).add_(gram, alpha=-4.7750)
-        x = (polynomial @ x).add_(x, alpha=3.4445)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if tall else x).to(matrix.dtype)
 
 
@@ -357,24 +321,22 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for shape in {p.shape for p in group["params"]} if group["split"] else ():
-                self.matrix_step([p for p in group["params"] if p.shape == shape], group)
+            for p in group["params"] if group["split"] else []:
+                self.matrix_step(p, group)
+                p.grad = None  # 没有梯度的，AdamW 不动
         super().step(closure)
 
-    def matrix_step(self, params, group):
-        """params 形状相同，都是 (输入, 输出)：叠起来，8 层只要几次大的矩阵乘。c_attn 把 q、k、v 并排放着，split=3 把它们分开。"""
-        updates = []
-        for p in params:
-            state = self.state[p]
-            if not state:  # AdamW 读检查点时，要每个参数都有 step
-                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-            state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
-            updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
-            p.grad = None  # 没有梯度的，AdamW 不动
-        parts = orthogonalize(torch.cat(torch.stack(updates).chunk(group["split"], dim=2)))
+    def matrix_step(self, p, group):
+        """p 的形状是 (输入, 输出)。c_attn 把 q、k、v 并排放在一个 (C, 3C) 里，split=3 把它们分开正交化。"""
+        state = self.state[p]
+        if not state:  # AdamW 读检查点时，要每个参数都有 step
+            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
+        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
+        parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
         scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的矩阵，步子按 √4 放大
-        for p, direction in zip(params, torch.cat(parts.chunk(group["split"]), dim=2), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"] * scale)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
 
 
 def parameter_groups(model, learning_rate, muon_learning_rate):
@@ -390,7 +352,7 @@ def parameter_groups(model, learning_rate, muon_learning_rate):
 
 def learning_rate_scale(step, total_steps):
     """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先线性升到 1（预热），再线性降到 0。"""
-    # 预热：开头的梯度又大又乱，小步走才不会带偏。降到 0：步子越走越细，损失还会明显再降一截。
+    # 预热：开头的梯度又大又乱，小步走才不会带偏。降到 0：步子越走越细，损失还会再降一截。
     # 例：共 11,838 步时预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964，
     # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 3e-3 × 0.964 = 2.9e-3
     warmup_steps = round(WARMUP * total_steps)
@@ -402,53 +364,33 @@ def learning_rate_scale(step, total_steps):
 @torch.no_grad()
 def held_out_loss(model, s):
     """验证集上的损失：每个来源的每一个 token（包括 </s>）恰好被预测一次。返回 {"eval_loss", "eval_bits_per_char", ……}。"""
-    # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字数，与分词器无关：照这个模型压缩，一个字占多少比特
-    data = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64)
+    # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字数：照这个模型压缩，一个字占多少比特
+    data = torch.from_numpy(np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64))
     sums = {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
-        labels = data[source["start"]:source["end"]]
-        inputs, padding = np.concatenate([[EOS], labels[:-1]]), (0, -len(labels) % s.block_size)
-        inputs = torch.from_numpy(np.pad(inputs, padding, constant_values=EOS)).view(-1, s.block_size)
-        labels = torch.from_numpy(np.pad(labels, padding, constant_values=-100)).view(-1, s.block_size)
-        nats, size = 0.0, min(s.batch_size, 16)
+        tokens = data[source["start"]:source["end"]]
+        padding, nats, size = -len(tokens) % s.block_size, 0.0, min(s.batch_size, 16)
+        inputs = F.pad(tokens[:-1], (1, padding), value=EOS).view(-1, s.block_size)
+        labels = F.pad(tokens, (0, padding), value=-100).view(-1, s.block_size)  # -100 不计损失
         for x, y in zip(inputs.split(size), labels.split(size), strict=True):
             nats += float(model(x.to(model.device), y.to(model.device))["loss"]) * int((y != -100).sum())
-        sums[f"{name}_"] = np.array([nats, source["end"] - source["start"], source["characters"]])
+        sums[f"{name}_"] = np.array([nats, len(tokens), source["characters"]])
         sums[""] += sums[f"{name}_"]
     return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, chars) in sums.items()
             for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / chars))}
 
 
-def write_samples(model, tokenizer, s, step, eval_loss):
-    """每个开头续写一段，追加到 samples.jsonl，重写 generation_samples.md；返回第一段。"""
-    # 温度 0.8 让分数高的更占优；top-p 只在累计概率前 95% 的 token 里抽。用自己的随机数，不影响训练的
-    rows, table = [], "# 训练途中的续写\n\n| 步 | 验证损失 | 续写（开头加粗） |\n|---:|---:|---|\n"
-    with torch.random.fork_rng(devices=[model.device] if s.device == "cuda" else []):
-        torch.manual_seed(s.seed)
-        for prompt in PROMPTS:
-            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
-                                    max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
-            text = tokenizer.decode(output[0], skip_special_tokens=True)
-            rows.append({"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
-    append_jsonl(s.work_dir / "samples.jsonl", *rows)
-    for row in read_jsonl(s.work_dir / "samples.jsonl"):
-        rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
-        table += f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |\n"
-    if RANK == 0:
-        (s.work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
-    return rows[0]["text"]
-
-
-def save_snapshot(model, s, step, metrics):
-    """第 0、100、200、500、1,000、2,000、5,000……步和最后一步，把权重（bf16）留一份；metrics 是最近一次验证的结果。"""
-    wanted = step in (0, s.total_steps) or re.fullmatch("[125]0{2,}", str(step))
-    if RANK > 0 or not s.snapshots or not wanted:
-        return
-    folder = s.work_dir / "snapshots" / f"step-{step}"
-    model.save_pretrained(folder, state_dict={name: p.bfloat16() for name, p in model.state_dict().items()})
-    note = {"step": step, "tokens": step * s.tokens_per_step, **metrics}
-    (folder / "snapshot.json").write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
+def generate_samples(model, tokenizer, s):
+    """每个开头续写一段，返回 {开头: 整段文字}。"""
+    # 温度 0.8 让分数高的更占优；top-p 只在累计概率前 95% 的 token 里抽。训练不用随机数，所以可以在这里定种子
+    samples = {}
+    torch.manual_seed(s.seed)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
+                                max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
+        samples[prompt] = tokenizer.decode(output[0], skip_special_tokens=True)
+    return samples
 
 
 # ==== 6. 训练 ====
@@ -465,7 +407,6 @@ def save_snapshot(model, s, step, metrics):
 
 class GPT2Trainer(transformers.Trainer):
     """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer。"""
-    metrics = {}  # 最近一次验证的结果
 
     def create_optimizer(self, model=None):
         s = self.settings
@@ -483,46 +424,48 @@ class GPT2Trainer(transformers.Trainer):
 
     def evaluate(self, *args, **kwargs):
         """验证、续写。几个进程时各自算同样的东西，只有 0 号写文件。"""
-        s, step = self.settings, self.state.global_step
-        self.metrics = metrics = held_out_loss(self.model.eval(), s)
+        s, step, history = self.settings, self.state.global_step, self.state.log_history
+        metrics = held_out_loss(self.model.eval(), s)
+        loss, bits = metrics["eval_loss"], metrics["eval_bits_per_char"]
         self.log(dict(metrics))
-        save_snapshot(self.model, s, step, metrics)
-        sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"])
-        print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | "
-              + sample[:60].replace("\n", " "))
+        samples = generate_samples(self.model, self.tokenizer, s)
+        for prompt, text in samples.items():
+            history.append({"step": step, "prompt": prompt, "text": text, "eval_loss": loss})
+        print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {samples[PROMPTS[0]][:60]!r}")
+        write_samples(s.work_dir, history)
+        save_snapshot(self.model, s, step, history)
         self.clock = time.perf_counter(), step  # 验证的时间不算进训练速度
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
         """打印一行，同样的数写进 train_log.jsonl；损失成了 NaN 就停下。"""
-        s, step, now = self.settings, self.state.global_step, time.perf_counter()
+        s, step, history = self.settings, self.state.global_step, self.state.log_history
         if "loss" in logs:
             # fp16 开头几步梯度溢出是正常的，GradScaler 会跳过那一步，所以只看损失
             if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
-                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。把 --learning_rate "
-                     f"{s.learning_rate:g} 减半，加 --fresh 重来")
-            seconds, steps, self.clock = now - self.clock[0], step - self.clock[1], (now, step)
-            self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
-            logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
+                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。"
+                     f"把 --learning_rate {s.learning_rate:g} 减半，加 --fresh 重来")
+            seconds, steps = time.perf_counter() - self.clock[0], step - self.clock[1]
+            self.clock, speed = (time.perf_counter(), step), steps * s.tokens_per_step / seconds
+            elapsed = seconds + max([row.get("elapsed_seconds", 0) for row in history], default=0)
+            logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(elapsed, 2),
                      "mfu": round(speed * s.flops_per_token / 312e12, 4)}  # 占 A100 的 bf16 峰值 312 TFLOP/s 的多少
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | "
                   f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | "
                   f"剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
-        if "loss" in logs or "eval_loss" in logs:
-            finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
-            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
         super().log(logs, start_time)
+        write_log(s.work_dir, history[-1:], "a")
 
 
 def build_trainer(s, checkpoint, stop):
     """模型、数据和 Trainer；checkpoint 不是 None 就是接着训练。"""
-    model, packed, callbacks = build_model(s), s.work_dir / "packed", [stop]
+    model, tracker, callbacks = build_model(s), s.report_to, [stop]
     if s.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if s.report_to == "swanlab":  # transformers 自带的那个，在 swanlab 0.8 上会崩溃
+    if tracker == "swanlab":  # transformers 自带的那个，在 swanlab 0.8 上会崩溃
         from swanlab.integration.transformers import SwanLabCallback
-        callbacks.append(SwanLabCallback(project="gpt2-chinese"))
+        tracker, callbacks = "none", [stop, SwanLabCallback(project="gpt2-chinese")]
     arguments = transformers.TrainingArguments(
         output_dir=str(s.work_dir / "checkpoints"), max_steps=s.total_steps, seed=s.seed,
         per_device_train_batch_size=s.batch_size,
@@ -532,34 +475,29 @@ def build_trainer(s, checkpoint, stop):
         bf16=s.precision == "bf16", fp16=s.precision == "fp16", tf32=s.tf32 or None,
         use_cpu=s.device == "cpu", dataloader_pin_memory=s.device == "cuda",
         train_sampling_strategy="sequential",  # BlockStream 已经排好次序
-        remove_unused_columns=False, ddp_find_unused_parameters=False,
+        remove_unused_columns=False, ddp_find_unused_parameters=False, disable_tqdm=True, report_to=tracker,
         logging_nan_inf_filter=False,  # True 会让每个微批量都等 GPU 一次
         logging_steps=s.logging_steps, logging_first_step=True,
-        report_to="none" if s.report_to == "swanlab" else s.report_to,
         eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
-        save_strategy="steps", save_steps=s.eval_steps, save_total_limit=2, disable_tqdm=True)
-    if arguments.n_gpu > 1:
-        print(f"看到 {arguments.n_gpu} 张显卡，只用第一张；都用上：torchrun --nproc_per_node={arguments.n_gpu} a100_train.py")
-        arguments._n_gpu = 1  # 否则 Trainer 会悄悄用很慢的 DataParallel
-    blocks = BlockStream(packed / "train.bin", s.block_size, s.total_steps * s.effective_batch_size, s.seed)
-    trainer = GPT2Trainer(model, arguments, train_dataset=blocks, eval_dataset=packed / "eval.bin",
-                          data_collator=lambda batch: batch, callbacks=callbacks)  # 一批已经拼好了
-    stop.trainer = trainer
+        save_strategy="steps", save_steps=s.eval_steps, save_total_limit=2)
+    packed, length = s.work_dir / "packed", s.total_steps * s.effective_batch_size
+    trainer = GPT2Trainer(
+        model, arguments, train_dataset=BlockStream(packed / "train.bin", s.block_size, length, s.seed),
+        eval_dataset=packed / "eval.bin", data_collator=lambda batch: batch, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对；梯度累积由 Trainer 除
     # 分词器不走 processing_class：那样 Trainer 会给模型设上 pad_token_id
     trainer.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
     trainer.settings, trainer.clock = s, (time.perf_counter(), step_of(checkpoint))
-    rows = read_jsonl(s.work_dir / "train_log.jsonl")
-    trainer.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
     return trainer
 
 
 def train(s, checkpoint, stop):
     """训练到底，或被叫停；返回 trainer。显存不够就把微批量减半、累积加倍（结果不变），从最新的检查点接着来。"""
     while True:
-        if RANK == 0:
-            rewind(s.work_dir, checkpoint)
+        for path in [*s.work_dir.glob("checkpoints/checkpoint-*"), *s.work_dir.glob("snapshots/step-*")]:
+            if RANK == 0 and step_of(path) > step_of(checkpoint):  # 坏了的，或 --fresh 不要了的
+                shutil.rmtree(path)
         trainer = build_trainer(s, checkpoint, stop)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -577,45 +515,39 @@ def train(s, checkpoint, stop):
 # ==== 7. 主程序 ====
 
 def main():
-    if RANK:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # 几个进程时只有 0 号说话
+    if RANK:  # 几个进程时只有 0 号说话；它出错时，torchrun 用 SIGTERM 叫停等着的进程
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if WORLD_SIZE == 1:  # 有几张显卡时，Trainer 会悄悄用很慢的 DataParallel：只给它看第一张
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 与词向量共用的输出层，检查点里本来就没有
+    transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 检查点里本来就没有：与词向量共用
         lambda record: "lm_head.weight" not in record.getMessage())
     s = read_settings()
     choose_speed(s)
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
     s.work_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(s.work_dir / ".lock", timeout=0)  # 一个工作目录只许一个训练
-    try:
-        with accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).main_process_first():
-            if RANK == 0:  # 几个进程时，0 号准备数据，别的等它，多久都行
-                lock.acquire()
-                prepare(s, checkpoint)
-                pack(s)
-    except RuntimeError:
-        if RANK == 0:
-            raise
-        sys.exit(1)  # 0 号出错退出了，它已经说了那一行
+    if RANK == 0:
+        lock.acquire()
+        prepare(s, checkpoint)
+        pack(s)
+    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1))  # 别的进程在这里等 0 号准备数据
     if s.prepare_only:
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
     if RANK == 0 and not checkpoint:
-        text = json.dumps(vars(s), ensure_ascii=False, indent=1, default=str)
-        (s.work_dir / "config.json").write_text(text, encoding="utf-8")
-    if s.device == "cpu" and sys.platform == "linux":  # glibc 默认一释放内存就还给系统，再要时逐页清零：慢两成
+        write_json(s.work_dir / "config.json", vars(s))
+    if s.device == "cpu" and sys.platform == "linux":  # glibc 一释放内存就还给系统，再要时逐页清零：慢两成
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
-    stop = StopRequest(s.max_hours)
-    with disk_full_is_oserror(s.work_dir):
-        trainer = train(s, checkpoint, stop)
-        if trainer.state.global_step == s.total_steps and RANK == 0:
-            save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
+    stop = StopRequest(s)
+    trainer = train(s, checkpoint, stop)
+    accelerate.PartialState().destroy_process_group()  # 不然退出时偶尔会崩溃
     if trainer.state.global_step < s.total_steps:
-        again = shlex.join(argument for argument in sys.argv if argument != "--fresh")
-        local = os.environ.get("LOCAL_WORLD_SIZE")
-        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={local}"
-        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：{launcher} {again}")
+        print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)
+    if RANK == 0:
+        save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 
 def save_final_model(work_dir, model, tokenizer):
@@ -661,54 +593,65 @@ def newest_checkpoint(work_dir):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             safetensors.torch.load_file(path / "model.safetensors")
-            with transformers.trainer.safe_globals():
-                for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
-                    torch.load(path / name, map_location="cpu", weights_only=True)
+            for file in (path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))):
+                zipfile.ZipFile(file).testzip()
             return path
-        except (OSError, ValueError, EOFError, IndexError, RuntimeError, UnpicklingError,
-                safetensors.SafetensorError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
 
 
-def rewind(work_dir, checkpoint):
-    """回到 checkpoint：丢掉它之后的检查点、快照和日志，那几步要重新训练，每一步只留一行。"""
-    for path in [*work_dir.glob("checkpoints/checkpoint-*"), *work_dir.glob("snapshots/step-*")]:
-        if step_of(path) > step_of(checkpoint):
-            shutil.rmtree(path)
-    for path in (work_dir / "train_log.jsonl", work_dir / "samples.jsonl"):
-        kept = [row for row in read_jsonl(path) if checkpoint and row["step"] <= step_of(checkpoint)]
-        path.unlink(missing_ok=True)
-        append_jsonl(path, *kept)
+# 日志和续写都在 Trainer 的 log_history 里，随检查点存取。所以续训时照它重写，每一步恰好一份
+
+def write_jsonl(path, rows, mode="w"):
+    with open(os.devnull if RANK else path, mode, encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-@contextmanager
-def disk_full_is_oserror(folder):
-    """磁盘满时 torch 和 safetensors 抛的不是 OSError；换成 OSError，run() 才认得。"""
-    try:
-        yield
-    except (RuntimeError, safetensors.SafetensorError):
-        if shutil.disk_usage(folder).free < 10 << 20:
-            raise OSError(28, f"写不进 {folder}") from None
-        raise
+def write_log(work_dir, history, mode="w"):
+    rows = [row for row in history if "loss" in row or "eval_bits_per_char" in row]
+    rows = [{"step": row["step"]} | {name: value for name, value in row.items()  # JSON 里没有无穷
+                                     if name != "epoch" and math.isfinite(value)} for row in rows]
+    write_jsonl(work_dir / "train_log.jsonl", rows, mode)
 
 
-def read_jsonl(path):
-    """读 JSON lines；被杀时只写了一半的最后一行不要。"""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].split("\n") if line]
-
-
-def append_jsonl(path, *rows):
+def write_samples(work_dir, history):
+    names, table = ("step", "prompt", "text", "eval_loss"), "| 步 | 验证损失 | 续写 |\n|---:|---:|---|\n"
+    rows = [{name: row[name] for name in names} for row in history if "prompt" in row]
+    write_jsonl(work_dir / "samples.jsonl", rows)
+    for step, prompt, text, loss in map(dict.values, rows):
+        rest = " ⏎ ".join(text.removeprefix(prompt).replace("|", "\\|").splitlines())
+        table += f"| {step} | {loss:.3f} | **{prompt}**{rest} |\n"
     if RANK == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        (work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+
+
+def save_snapshot(model, s, step, history):
+    """第 0、100、200、500、1,000、2,000、5,000……步和最后一步，把权重（bf16）留一份，旁边是最近一次验证的结果。"""
+    wanted = step in (0, s.total_steps) or re.fullmatch("[125]0{2,}", str(step))
+    if RANK == 0 and s.snapshots and wanted:
+        folder = s.work_dir / "snapshots" / f"step-{step}"
+        weights = {name: p.bfloat16() for name, p in model.state_dict().items()}
+        model.save_pretrained(folder, state_dict=weights)
+        metrics = next(row for row in reversed(history) if "eval_bits_per_char" in row)
+        write_json(folder / "snapshot.json", metrics | {
+            "eval_step": metrics["step"], "step": step, "tokens": step * s.tokens_per_step})
+
+
+def check_disk(folder, need):
+    if (free := shutil.disk_usage(folder).free) < need:
+        fail(f"{folder} 的磁盘不够：剩 {free >> 20:,} MB，要 {need >> 20:,} MB；清出空间再跑同一条命令，或加 --no-snapshots")
 
 
 class StopRequest(transformers.TrainerCallback):
     """Ctrl-C、SIGTERM（reason 是信号的编号）或 --max_hours（reason 是 1）：做完这一步，存好检查点再停。"""
 
-    def __init__(self, max_hours):
-        self.reason, self.deadline = 0, START + 3600 * 0.99 * (max_hours or math.inf)  # 留 1% 存盘
+    def __init__(self, s):
+        self.settings, self.reason = s, 0
+        self.deadline = START + 3600 * 0.99 * (s.max_hours or math.inf)  # 留 1% 存盘
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self.request)
 
@@ -717,14 +660,18 @@ class StopRequest(transformers.TrainerCallback):
         self.reason = which
         signal.signal(which, lambda *_: sys.exit(128 + which))
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        write_log(self.settings.work_dir, state.log_history)
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % args.eval_steps:  # 正好要验证的那一步，由 evaluate 留快照
-            save_snapshot(self.trainer.model, self.trainer.settings, state.global_step, self.trainer.metrics)
+        save_snapshot(model, self.settings, state.global_step, state.log_history)
         if WORLD_SIZE == 1 or state.global_step % args.logging_steps == 0:  # 几个进程要停在同一步
             late = time.time() > self.deadline
             self.reason = max(accelerate.utils.gather_object([self.reason or int(late)]))
             control.should_training_stop |= self.reason > 0
             control.should_save |= self.reason > 0
+        if control.should_save:  # 检查点每个参数 12 字节，最终模型 4 字节
+            check_disk(args.output_dir, 16 * self.settings.parameters)
 
 
 def read_report(folder, name="report.json"):

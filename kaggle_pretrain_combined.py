@@ -60,21 +60,20 @@ install()
 # ## 3. 环境
 # 有几张什么显卡，用什么数，一次算多少块。
 # %%
-import argparse, ast, hashlib, html, importlib.util, io, json, math, re, shutil, urllib.request
+import argparse, ast, hashlib, html, importlib.util, io, json, math, re, shutil, urllib.request, zipfile
 from collections import Counter
 from contextlib import suppress
 from itertools import chain, islice
-from pickle import UnpicklingError
 
 import datasets  # Windows 上要在 torch 之前
 import accelerate, multiprocess, safetensors.torch, torch, transformers
 import numpy as np
 import pyarrow.parquet as pq
 import sentencepiece as spm
+import torch.nn.functional as F
 from huggingface_hub import HfApi
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from torch.nn.functional import cross_entropy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
@@ -136,12 +135,10 @@ def newest_checkpoint(work_dir):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             safetensors.torch.load_file(path / "model.safetensors")
-            with transformers.trainer.safe_globals():
-                for name in ("optimizer.pt", "scheduler.pt", min(path.glob("rng_state*.pth")).name):
-                    torch.load(path / name, map_location="cpu", weights_only=True)
+            for file in (path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))):
+                zipfile.ZipFile(file).testzip()
             return path
-        except (OSError, ValueError, EOFError, IndexError, RuntimeError, UnpicklingError,
-                safetensors.SafetensorError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
 
 def open_hub():
@@ -367,6 +364,9 @@ def encode(sp, texts):
         ids[last] = np.append(ids[last], EOS)
     return np.concatenate(ids).astype(np.uint16)
 
+def write_json(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+
 def pack(s):
     packed, counts, sources, end = s.work_dir / "packed", 0, {}, 0
     if read_report(packed, "meta.json").get("key") == s.key:
@@ -376,22 +376,20 @@ def pack(s):
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
     with open(packed / "train.bin", "wb") as file:
         for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
-            tokens = encode(sp, texts)
-            file.write(tokens)  # 不用 tofile：磁盘满时它的 OSError 没有错误号
+            file.write(tokens := encode(sp, texts))
             counts += np.bincount(tokens, minlength=sp.get_piece_size())
     pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
     with open(packed / "eval.bin", "wb") as file:
         for name in sorted({name for name, _ in pairs}):
-            tokens = encode(sp, texts := [text for source, text in pairs if source == name])
-            file.write(tokens)
+            texts = [text for source, text in pairs if source == name]
+            file.write(tokens := encode(sp, texts))
             sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
             end += len(tokens)
     share = counts[counts > 0] / counts.sum()
-    meta = {
+    write_json(packed / "meta.json", {
         "key": s.key, "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
         "unigram_entropy": float(-(share * np.log(share)).sum()),  # 只猜词频能到的损失，nat
-        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}}
-    (packed / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}})
 
 class BlockStream(torch.utils.data.Dataset):
     def __init__(self, path, block_size, length, seed):
@@ -422,7 +420,7 @@ class GPT2(transformers.GPT2LMHeadModel):
         if labels is None:
             return super().forward(input_ids=input_ids, **kwargs)
         hidden = self.transformer(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)  # (B·T, C)
-        return {"loss": cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
+        return {"loss": F.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
 
 def build_model(s):
     transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
@@ -431,44 +429,40 @@ def build_model(s):
         n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, vocab_size=s.vocab_size,
         n_positions=s.block_size, bos_token_id=BOS, eos_token_id=EOS,
         pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
-        activation_function="gelu_pytorch_tanh",  # 与 gelu_new 是同一个函数，融合成一个核，少存三份中间结果
+        activation_function="gelu_pytorch_tanh",  # 就是 gelu_new，融合成一个核，少存三份中间结果
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,  # 文字只读一两遍，不用 dropout
         attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
     return model
 
 def orthogonalize(matrix, steps=5):
-    ampere = matrix.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
     x = matrix.float() / (matrix.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(torch.bfloat16 if ampere else torch.float16 if matrix.is_cuda else torch.float32)
+    x = x.half() if x.is_cuda else x  # 每个数都不超过 1，fp16 不会溢出；CPU 上 fp16 反而慢
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        polynomial = (gram @ gram).mul_(2.0315).add_(gram, alpha=-4.7750)
-        x = (polynomial @ x).add_(x, alpha=3.4445)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if tall else x).to(matrix.dtype)
 
 class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for shape in {p.shape for p in group["params"]} if group["split"] else ():
-                self.matrix_step([p for p in group["params"] if p.shape == shape], group)
+            for p in group["params"] if group["split"] else []:
+                self.matrix_step(p, group)
+                p.grad = None  # 没有梯度的，AdamW 不动
         super().step(closure)
 
-    def matrix_step(self, params, group):
-        updates = []
-        for p in params:
-            state = self.state[p]
-            if not state:  # AdamW 读检查点时，要每个参数都有 step
-                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-            state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
-            updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
-            p.grad = None  # 没有梯度的，AdamW 不动
-        parts = orthogonalize(torch.cat(torch.stack(updates).chunk(group["split"], dim=2)))
+    def matrix_step(self, p, group):
+        state = self.state[p]
+        if not state:  # AdamW 读检查点时，要每个参数都有 step
+            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
+        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
+        parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
         scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的矩阵，步子按 √4 放大
-        for p, direction in zip(params, torch.cat(parts.chunk(group["split"]), dim=2), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"] * scale)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
 
 def parameter_groups(model, learning_rate, muon_learning_rate):
     groups = {}
@@ -485,47 +479,49 @@ def learning_rate_scale(step, total_steps):
 
 @torch.no_grad()
 def held_out_loss(model, s):
-    data = np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64)
+    data = torch.from_numpy(np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64))
     sums = {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
-        labels = data[source["start"]:source["end"]]
-        inputs, padding = np.concatenate([[EOS], labels[:-1]]), (0, -len(labels) % s.block_size)
-        inputs = torch.from_numpy(np.pad(inputs, padding, constant_values=EOS)).view(-1, s.block_size)
-        labels = torch.from_numpy(np.pad(labels, padding, constant_values=-100)).view(-1, s.block_size)
-        nats, size = 0.0, min(s.batch_size, 16)
+        tokens = data[source["start"]:source["end"]]
+        padding, nats, size = -len(tokens) % s.block_size, 0.0, min(s.batch_size, 16)
+        inputs = F.pad(tokens[:-1], (1, padding), value=EOS).view(-1, s.block_size)
+        labels = F.pad(tokens, (0, padding), value=-100).view(-1, s.block_size)  # -100 不计损失
         for x, y in zip(inputs.split(size), labels.split(size), strict=True):
             nats += float(model(x.to(model.device), y.to(model.device))["loss"]) * int((y != -100).sum())
-        sums[f"{name}_"] = np.array([nats, source["end"] - source["start"], source["characters"]])
+        sums[f"{name}_"] = np.array([nats, len(tokens), source["characters"]])
         sums[""] += sums[f"{name}_"]
     return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, chars) in sums.items()
             for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / chars))}
 
-def append_jsonl(path, *rows):
-    if RANK == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def generate_samples(model, tokenizer, s):
+    samples = {}
+    torch.manual_seed(s.seed)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
+                                max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
+        samples[prompt] = tokenizer.decode(output[0], skip_special_tokens=True)
+    return samples
 
-def read_jsonl(path):
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].split("\n") if line]
+def write_jsonl(path, rows, mode="w"):
+    with open(os.devnull if RANK else path, mode, encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-def write_samples(model, tokenizer, s, step, eval_loss):
-    rows, table = [], "# 训练途中的续写\n\n| 步 | 验证损失 | 续写（开头加粗） |\n|---:|---:|---|\n"
-    with torch.random.fork_rng(devices=[model.device] if s.device == "cuda" else []):
-        torch.manual_seed(s.seed)
-        for prompt in PROMPTS:
-            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
-                                    max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
-            text = tokenizer.decode(output[0], skip_special_tokens=True)
-            rows.append({"step": step, "prompt": prompt, "text": text, "eval_loss": eval_loss})
-    append_jsonl(s.work_dir / "samples.jsonl", *rows)
-    for row in read_jsonl(s.work_dir / "samples.jsonl"):
-        rest = " ⏎ ".join(row["text"].removeprefix(row["prompt"]).replace("|", "\\|").splitlines())
-        table += f"| {row['step']} | {row['eval_loss']:.3f} | **{row['prompt']}**{rest} |\n"
+def write_log(work_dir, history, mode="w"):
+    rows = [row for row in history if "loss" in row or "eval_bits_per_char" in row]
+    rows = [{"step": row["step"]} | {name: value for name, value in row.items()  # JSON 里没有无穷
+                                     if name != "epoch" and math.isfinite(value)} for row in rows]
+    write_jsonl(work_dir / "train_log.jsonl", rows, mode)
+
+def write_samples(work_dir, history):
+    names, table = ("step", "prompt", "text", "eval_loss"), "| 步 | 验证损失 | 续写 |\n|---:|---:|---|\n"
+    rows = [{name: row[name] for name in names} for row in history if "prompt" in row]
+    write_jsonl(work_dir / "samples.jsonl", rows)
+    for step, prompt, text, loss in map(dict.values, rows):
+        rest = " ⏎ ".join(text.removeprefix(prompt).replace("|", "\\|").splitlines())
+        table += f"| {step} | {loss:.3f} | **{prompt}**{rest} |\n"
     if RANK == 0:
-        (s.work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
-    return rows[0]["text"]
+        (work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
 
 # %% [markdown]
 # ## 9. 训练
@@ -534,7 +530,6 @@ def write_samples(model, tokenizer, s, step, eval_loss):
 STOP = TEMP / "stop"  # 有人按了停止键
 
 class GPT2Trainer(transformers.Trainer):
-
     def create_optimizer(self, model=None):
         s = self.settings
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
@@ -547,33 +542,35 @@ class GPT2Trainer(transformers.Trainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        s, step = self.settings, self.state.global_step
-        self.metrics = metrics = held_out_loss(self.model.eval(), s)
+        s, step, history = self.settings, self.state.global_step, self.state.log_history
+        metrics = held_out_loss(self.model.eval(), s)
+        loss, bits = metrics["eval_loss"], metrics["eval_bits_per_char"]
         self.log(dict(metrics))
-        sample = write_samples(self.model, self.tokenizer, s, step, metrics["eval_loss"])
-        print(f"验证 {step} | loss {metrics['eval_loss']:.3f} | 每字比特 {metrics['eval_bits_per_char']:.3f} | "
-              + sample[:60].replace("\n", " "))
+        samples = generate_samples(self.model, self.tokenizer, s)
+        for prompt, text in samples.items():
+            history.append({"step": step, "prompt": prompt, "text": text, "eval_loss": loss})
+        print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {samples[PROMPTS[0]][:60]!r}")
+        write_samples(s.work_dir, history)
         self.clock = time.perf_counter(), step  # 验证的时间不算进训练速度
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
-        s, step, now = self.settings, self.state.global_step, time.perf_counter()
+        s, step, history = self.settings, self.state.global_step, self.state.log_history
         if "loss" in logs:
             if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
-                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。把 learning_rate "
-                     f"{s.learning_rate:g} 减半，不用旧的输出")
-            seconds, steps, self.clock = now - self.clock[0], step - self.clock[1], (now, step)
-            self.elapsed, speed = self.elapsed + seconds, steps * s.tokens_per_step / seconds
-            logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(self.elapsed, 2),
+                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。"
+                     f"把 learning_rate {s.learning_rate:g} 减半，不用旧的输出")
+            seconds, steps = time.perf_counter() - self.clock[0], step - self.clock[1]
+            self.clock, speed = (time.perf_counter(), step), steps * s.tokens_per_step / seconds
+            elapsed = seconds + max([row.get("elapsed_seconds", 0) for row in history], default=0)
+            logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(elapsed, 2),
                      "mfu": round(speed * s.flops_per_token / 130e12, 4)}  # 占两张 T4 峰值 130 TFLOP/s 的多少
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | "
                   f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | "
                   f"剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
-        if "loss" in logs or "eval_loss" in logs:
-            finite = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON 里没有无穷
-            append_jsonl(s.work_dir / "train_log.jsonl", {"step": step, **finite})
         super().log(logs, start_time)
+        write_log(s.work_dir, history[-1:], "a")
 
 def room():  # WORKING 里还能写多少字节
     used = sum(path.stat().st_size for path in WORKING.rglob("*") if path.is_file()) if KAGGLE.is_dir() else 0
@@ -584,6 +581,10 @@ class StopRequest(transformers.TrainerCallback):
 
     def __init__(self, s):
         self.deadline, self.needed = s.deadline, 24 * s.parameters  # 两个检查点，每个参数至多 12 字节
+        self.work_dir = s.work_dir
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        write_log(self.work_dir, state.log_history)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.logging_steps == 0:
@@ -611,8 +612,6 @@ def build_trainer(s, checkpoint):
     trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对
     trainer.settings, trainer.clock = s, (time.perf_counter(), step_of(checkpoint))
     trainer.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
-    rows = read_jsonl(s.work_dir / "train_log.jsonl")
-    trainer.elapsed = max((row.get("elapsed_seconds", 0) for row in rows), default=0)
     return trainer
 
 def save_final_model(work_dir, model, tokenizer):
@@ -625,15 +624,6 @@ def save_final_model(work_dir, model, tokenizer):
     tokenizer.save_pretrained(work_dir / "final_model")
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")
 
-def rewind(work_dir, checkpoint):
-    for path in [*work_dir.glob("checkpoints/checkpoint-*"), *work_dir.glob("snapshots/step-*")]:
-        if step_of(path) > step_of(checkpoint):
-            shutil.rmtree(path)
-    for path in (work_dir / "train_log.jsonl", work_dir / "samples.jsonl"):
-        kept = [row for row in read_jsonl(path) if checkpoint and row["step"] <= step_of(checkpoint)]
-        path.unlink(missing_ok=True)
-        append_jsonl(path, *kept)
-
 def train_worker():
     sys.stderr = sys.stdout  # 出错的话也由 notebook 转印
     sys.stdout = open(os.devnull, "w", encoding="utf-8") if RANK else sys.stdout
@@ -642,6 +632,7 @@ def train_worker():
     s.work_dir, checkpoint = Path(s.work_dir), s.checkpoint and Path(s.checkpoint)
     trainer = build_trainer(s, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    accelerate.PartialState().destroy_process_group()  # 不然退出时偶尔会崩溃
     if RANK == 0 and trainer.state.global_step == s.total_steps:
         save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
@@ -683,9 +674,6 @@ def derive(s):  # 由数据决定的数
     if room() < 36 * s.parameters:
         fail(f"{WORKING} 只能再写 {room() / 1e9:.1f} GB，要 {36 * s.parameters / 1e9:.1f} GB（三个检查点）：删掉别的文件")
 
-def write_settings(path, **more):
-    path.write_text(json.dumps(vars(s) | more, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-
 def train(s):
     derive(s)
     config = s.work_dir / "config.json"
@@ -694,10 +682,12 @@ def train(s):
     (TEMP / "train.py").write_text(definitions() + "\ntrain_worker()\n", encoding="utf-8")
     while True:
         checkpoint = newest_checkpoint(s.work_dir)
-        rewind(s.work_dir, checkpoint)
+        for path in (s.work_dir / "checkpoints").glob("checkpoint-*"):
+            if step_of(path) > step_of(checkpoint):  # 坏了的
+                shutil.rmtree(path)
         if not checkpoint:
-            write_settings(config)
-        write_settings(TEMP / "settings.json", checkpoint=checkpoint)
+            write_json(config, vars(s))
+        write_json(TEMP / "settings.json", vars(s) | {"checkpoint": checkpoint})
         STOP.unlink(missing_ok=True)
         code, error = run_processes(s)
         if code == 0:
@@ -713,6 +703,9 @@ train(s)
 # %% [markdown]
 # ## 10. 结果：曲线和续写
 # %%
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
 def show_results(s):
     from matplotlib.figure import Figure
     rows, axes = read_jsonl(s.work_dir / "train_log.jsonl"), Figure((9, 5), layout="tight").add_subplot()

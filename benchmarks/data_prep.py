@@ -108,7 +108,7 @@ def folder_mb(folder):
 def ours(text, tokenizer, work_dir, processes):
     """prepare_corpus.py，再由 a100_train.py --prepare_only 的打包部分编码。返回两行结果。"""
     corpus, out = timed([sys.executable, ROOT / "prepare_corpus.py", "--corpus", text, "--output_dir",
-                         work_dir / "corpus", "--processes", processes, ])
+                         work_dir / "corpus"])
     report = json.loads((work_dir / "corpus/report.json").read_text("utf-8"))
     shutil.copytree(tokenizer, work_dir / "tokenizer")
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.cpu_count = lambda: {processes}\n"

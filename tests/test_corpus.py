@@ -6,7 +6,6 @@ import io
 import json
 import lzma
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def test_text_columns(row, column, expected):
 
 
 def test_sources(tmp_path, monkeypatch):
-    """没写名字的以所在的文件夹为名；名字里的怪字符换掉。"""
+    """没写名字的文件合成一个来源，以文件夹为名；名字里的怪字符换掉。"""
     for name in ("书/a.jsonl", "书/b.txt.gz", "书/sub/c.csv.xz", "书/README.md", "d.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -127,8 +126,7 @@ def test_sources(tmp_path, monkeypatch):
         return {name: [file.name for file in files] for name, files in
                 prepare_corpus.find_sources(map(str, specs)).items()}
 
-    assert names("a.jsonl", "b.txt.gz", tmp_path / "d.jsonl") == {
-        "书": ["a.jsonl", "b.txt.gz"], re.sub(r"[^\w-]+", "_", tmp_path.name): ["d.jsonl"]}
+    assert names("a.jsonl", "b.txt.gz", tmp_path / "d.jsonl") == {"书": ["a.jsonl", "b.txt.gz", "d.jsonl"]}
     assert names(f"我 的={tmp_path / 'd.jsonl'}", "我 的=a.jsonl", "*.gz") == {
         "我_的": ["d.jsonl", "a.jsonl"], "书": ["b.txt.gz"]}
     assert names(".") == {"书": ["a.jsonl", "b.txt.gz", "c.csv.xz"]}
@@ -238,7 +236,7 @@ def test_shuffled_and_always_the_same(tmp_path, real_texts, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", real_texts["news"][:3000])
     call(prepare_corpus, "--corpus", source, "--output_dir", tmp_path / "one")
     monkeypatch.setattr(prepare_corpus, "BATCH", 7)
-    call(prepare_corpus, "--corpus", source, "--output_dir", tmp_path / "again", "--processes", 2)
+    call(prepare_corpus, "--corpus", source, "--output_dir", tmp_path / "again")
     one, again = report_of(tmp_path / "one"), report_of(tmp_path / "again")
     assert one["corpus_hash"] == again["corpus_hash"] and one["sources"] == again["sources"]
     rows = corpus_of(tmp_path / "one", "train")

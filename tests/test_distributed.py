@@ -135,7 +135,7 @@ def test_sigterm_to_torchrun_then_one_process(copied, no_plot):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
-    stopped = re.search(r"停在第 (\d+) 步，检查点已存好。接着训练：torchrun --nproc_per_node=2 ", output)
+    stopped = re.search(r"停在第 (\d+) 步，检查点已存好。接着训练：同一条命令", output)
     assert process.returncode != 0 and stopped and 5 <= int(stopped[1]) < 200, output
     assert output.count("停在第") == 1 and "a100_train.py\", line" not in output
     assert a100_train.newest_checkpoint(copied).name == f"checkpoint-{stopped[1]}"

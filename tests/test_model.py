@@ -312,9 +312,9 @@ def test_orthogonalize(shape):
 def test_two_byte_iteration_agrees_with_fp32(dtype, scale):
     """显卡上迭代用 2 字节的数：在 CPU 上照做一遍，方向与 fp32 一致，不溢出。"""
     source = inspect.getsource(a100_train.orthogonalize)
-    assert source.count("torch.float32)") == 1, "下面替换的就是 CPU 上用的那个类型"
+    assert source.count("x.half() if x.is_cuda else x") == 1, "下面替换的就是 CPU 上用的那个类型"
     space = {"torch": torch}
-    exec(source.replace("torch.float32)", f"torch.{dtype})"), space)
+    exec(source.replace("x.half() if x.is_cuda else x", f"x.to(torch.{dtype})"), space)
     matrix = scale * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     ours, expected = space["orthogonalize"](matrix), a100_train.orthogonalize(matrix)
     assert torch.isfinite(ours).all()

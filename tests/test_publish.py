@@ -47,7 +47,7 @@ def test_model_is_private_and_complete(hub, work):
     assert repo["private"] and repo["commits"] == 1
     assert "run_config.json" not in repo["files"] and "report.json" not in repo["files"]    # 里面有本机的路径
     assert {"model.safetensors", "tokenizer.json", "config.json", "train_log.jsonl",
-            "README.md", "corpus_card.md", "snapshots/step-100/model.safetensors",
+            "README.md", "snapshots/step-100/model.safetensors",
             "snapshots/step-0/snapshot.json"} <= set(repo["files"])
     weights = (work / "final_model" / "model.safetensors").read_bytes()
     assert hub.content("me/demo", "model.safetensors") == weights
@@ -67,6 +67,8 @@ def test_all_three(hub, work):
     assert not any(hub.repo("me/all", kind)["private"] for kind in ("model", "dataset", "space"))
     dataset = hub.repo("me/all", "dataset")
     assert set(dataset["files"]) == {"train-00000.parquet", "eval-00000.parquet", "README.md"}
+    card = publish.collect("dataset", work, "me/all")["README.md"].decode()
+    assert "| news | 95 | 9,000 | 5 |" in card and "许可" in card
     space = hub.repo("me/all", "space")
     assert space["sdk"] == "gradio" and space["variables"] == {"MODEL_ID": "me/all"}
     assert set(space["files"]) == {"app.py", "requirements.txt", "README.md"}
