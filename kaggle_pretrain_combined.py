@@ -441,7 +441,8 @@ def orthogonalize(matrix, steps=5):
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return (x.mT if tall else x).to(matrix.dtype)
 
 class Muon(torch.optim.AdamW):
