@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """README 里的数字从哪里来：核对，或换成 results/ 里现在的。
 
-README.md 的每一段（空行分开）里有小数、或带单位的数时，段里要有一个注释说明来历，否则是错误：
+README.md 和 README.en.md 的每一段（空行分开）里有小数、或带单位的数时，段里要有一个注释说明来历，否则是错误：
     <!-- 出处 文件 路径=印出的数 路径=印出的数; 文件 …… -->    与文件里的数相差不超过印出的末位
     <!-- 算 …… -->  <!-- 资料：…… -->                         由文中的式子算出；别处的说法
     段里写着“未测”
-路径里的步数是 .jsonl 的 step，空格写作 ␣。<!-- 续写 步 开头 --> 前面是一段续写，来自 results/demo/samples.jsonl；
-<!-- 日志 步 --> 前面是一行日志，照 a100_train.py 的格式由 results/demo/ 里的数写出。
+路径里的步数是 .jsonl 的 step，空格写作 ␣；文件里没有、由它算出的数（比、平均、合计）在 ADDED 里。
+<!-- 续写 步 开头 --> 前面是一段续写，来自 results/demo/samples.jsonl；<!-- 日志 步 --> 前面是一行日志，照 a100_train.py
+的格式由 results/demo/ 里的数写出。
 
     python docs/readme_numbers.py              # 核对
-    python docs/readme_numbers.py --update     # 重新量过演示以后：<!-- demo:begin --> 到 <!-- demo:end --> 里的数和续写换成新的
+    python docs/readme_numbers.py --update     # 重新量过以后：有出处的数、续写、日志都换成新的（句子要人再读一遍）
 """
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -36,17 +39,72 @@ def read(name):
         return rows
     if path.suffix == ".py":                 # SETTINGS 表里的默认值
         return dict(re.findall(r'^    \("(\w+)", ([\d.]+),', path.read_text(encoding="utf-8"), re.M))
+    if path.suffix == ".log":                # 整理语料时打印的计数：名字，后面是各来源的数；这里取合计
+        text = path.read_text(encoding="utf-8").partition("\n写好 ")[0]
+        return {name: sum(float(number.replace(",", "")) for number in numbers.split())
+                for name, numbers in re.findall(r"\b([a-z_]+) +([\d][\d,. ]*)", text)} | console_sums(text)
     data = json.loads(path.read_text(encoding="utf-8"))
-    if path.name == "ablation-cpu.json":     # “比不改”的倍数
-        data["ratio"] = {key.removeprefix("default/"): row["tokens_per_second"] / row["unchanged"]
-                         for key, row in data["rows"].items() if key.startswith("default/") and row.get("unchanged")}
-    return data
+    return data | ADDED[path.name](data) if path.name in ADDED else data
+
+
+def console_sums(text):
+    """一个来源一行的（“news：rows 19,485，…”）：同一个名字的各行相加。"""
+    sums = {}
+    for line in re.findall(r"^\w+：(?=.*\brows ).*$", text, re.M):
+        for name, number in re.findall(r"\b([a-z_]+) ([\d,]+)", line):
+            sums[name] = sums.get(name, 0) + float(number.replace(",", ""))
+    return sums
+
+
+def ablation_ratios(data):
+    """“比不改”的倍数。"""
+    return {"ratio": {key.removeprefix("default/"): row["tokens_per_second"] / row["unchanged"]
+                      for key, row in data["rows"].items() if key.startswith("default/") and row.get("unchanged")}}
+
+
+def demo_conversion(config):
+    """演示最后的损失换成每 token 的比特、猜中的概率；平均一个 token 几个字（算上 </s>）；读几遍。"""
+    loss = read("results/demo/train_log.jsonl")[str(config["total_steps"])]["eval_loss"]
+    sources = config["eval_sources"].values()
+    tokens = sum(source["end"] - source["start"] for source in sources)
+    return {"bits_per_token": loss / math.log(2), "probability": math.exp(-loss),
+            "characters_per_token": sum(source["characters"] for source in sources) / tokens,
+            "times_uniform": config["vocab_size"] * math.exp(-loss),
+            "epochs": config["total_steps"] / config["steps_per_epoch"]}
+
+
+def repetition_means(data):
+    """每个设置几个种子的平均。"""
+    rows = data["rows"]
+    return {"mean": {name: {key: statistics.mean(row[key] for row in rows if row["setting"] == name)
+                            for key in ("distinct_2", "repeated_4")} for name in {row["setting"] for row in rows}}}
+
+
+def full_size_rows(data):
+    """“真实大小”的三行，不靠行号；minutes 是合计。"""
+    rows = {word: row for word in ("清洗", "分词器", "打包") for row in data["rows"]
+            if row["scale"] == "真实大小" and row["pipeline"].startswith("本项目") and word in row["pipeline"]}
+    return {"full": rows | {"minutes": sum(row["seconds"] for row in rows.values()) / 60}}
+
+
+def space_medians(data):
+    return {"median": {key: statistics.median(row[key] for row in data["rows"]) for key in data["rows"][0]}}
+
+
+ADDED = {"ablation-cpu.json": ablation_ratios, "config.json": demo_conversion, "repetition.json": repetition_means,
+         "data_prep.json": full_size_rows, "space_speed.json": space_medians}
 
 
 def look_up(name, path):
-    value = read(name)
-    for key in path.replace("␣", " ").split(".", 1 if path.startswith("ratio.") else -1):
-        value = value[int(key) if isinstance(value, list) else key]
+    """路径的一节是键或下标；键里可以有点，取配得上的最长的。"""
+    value, rest = read(name), path.replace("␣", " ")
+    while rest:
+        keys = [str(key) for key in (range(len(value)) if isinstance(value, list) else value)]
+        fitting = [key for key in keys if f"{rest}.".startswith(f"{key}.")]
+        if not fitting:
+            sys.exit(f"错误：{name} 里没有 {path}（找不到 {rest}）；改 README 里的出处，或 docs/readme_numbers.py 的 ADDED")
+        key = max(fitting, key=len)
+        value, rest = value[int(key) if isinstance(value, list) else key], rest[len(key) + 1:]
     return value if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value) else float(value)
 
 
@@ -108,33 +166,33 @@ def problems(text):
 
 
 def updated(text):
-    """demo 标记之间的数和续写换成 results/demo/ 里的。"""
+    """有出处的数、续写和日志换成 results/ 里现在的；一段一段来，别处同样的数不动。"""
     samples = {(row["step"], row["prompt"]): " ".join(row["text"].replace("|", "｜").split()) for row in map(
         json.loads, (ROOT / "results/demo/samples.jsonl").read_text(encoding="utf-8").splitlines())}
 
-    def one(match):
-        block = match[0]
+    def one(block):
         for name, path, old in sorted(set(marks(block)), key=lambda mark: -len(mark[1])):
             new = printed_as(look_up(name, path), old)
-            block = block.replace(f"{path}={old}", f"{path}=\0{new}")
             if old != new:                   # 先做记号，免得换成的新数又被当成旧的
-                shown = re.escape(old.replace("␣", " "))
+                block = block.replace(f"{path}={old}", f"{path}=\0{new}")
+                shown = re.escape(old.replace("␣", " ")).replace("%", " ?%")
                 block = re.sub(rf"(?<![\d.,=\0]){shown}(?![\d])", f"\0{new.replace('␣', ' ')}", block)
         block = LOG_LINE.sub(lambda found: log_line(found[1]), block.replace("\0", ""))
         return SAMPLE.sub(lambda found: f"| {samples[int(found[2]), found[3]][:SAMPLE_LENGTH]} "
                                         f"<!-- 续写 {found[2]} {found[3]} -->", block)
 
-    return re.sub(r"<!-- demo:begin -->.*?<!-- demo:end -->", one, text, flags=re.S)
+    return "\n\n".join(map(one, text.split("\n\n")))
 
 
 def main():
     parser = argparse.ArgumentParser(description="README 的数字", allow_abbrev=False)
-    parser.add_argument("--update", action="store_true", help="演示的数换成 results/demo/ 里的")
+    parser.add_argument("--update", action="store_true", help="有出处的数、续写和日志换成 results/ 里现在的")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    if args.update:
-        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
-    found = problems(path.read_text(encoding="utf-8"))
+    found = []
+    for path in (ROOT / "README.md", ROOT / "README.en.md"):
+        if args.update:
+            path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+        found += problems(path.read_text(encoding="utf-8"))
     if found:
         sys.exit("错误：\n" + "\n".join(found))
     print("README 的数字都与 results/ 一致")

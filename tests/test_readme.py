@@ -1,4 +1,4 @@
-"""README：每个数字有来历并与 results/ 一致，命令里的选项都有，链接和锚点都通。只读文件，不训练。"""
+"""README：每个数字有来历并与 results/ 一致，命令里的选项都有，链接和锚点都通；几秒钟的命令真的跑一遍。不训练。"""
 
 import contextlib
 import importlib
@@ -9,7 +9,8 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
+import tiny_run
+from conftest import ROOT, call
 
 import a100_train
 import doctor
@@ -21,26 +22,30 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = ["README.md", "README.en.md", "CONTRIBUTING.md"]
 DEMO = {name: defaults[-1] for name, _, _, *defaults in a100_train.SETTINGS}
 FULL = {name: defaults[0] for name, _, _, *defaults in a100_train.SETTINGS}
-# 别的程序的选项：pip、torchrun
-OTHERS = {"index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+# 别的程序的选项：pip、torchrun；argparse 自己的
+OTHERS = {"help", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
 
 
-def commands():
-    """README 的命令块里的每一条命令：[(脚本, 参数)]。"""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
-        for line in block.splitlines():
-            for part in re.split(r"&&", re.sub(r"\s#.*", "", line)):
-                words = shlex.split(part)
-                scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-                if scripts:
-                    found.append((words[scripts[0]], words[scripts[0] + 1:]))
+def commands(page="README.md"):
+    """一页里的每一条命令：[(脚本, 参数)]。命令块里的，和行内的 `python ……`。"""
+    found, text = [], (ROOT / page).read_text("utf-8")
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
+    for line in lines + re.findall(r"`(python [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+        for part in re.split(r"&&|;", re.sub(r"(?:^|\s)#.*", "", line)):
+            words = shlex.split(part)
+            scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+            if scripts and "pytest" not in words:
+                found.append((words[scripts[0]], words[scripts[0] + 1:]))
     return found
+
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+QUICK = ("generate.py", "publish.py", "plot_loss.py")          # 在 tiny_run 的模型上几秒钟就跑完，不联网
 
 
 def help_of(script, arguments=()):
     """`python script 参数 --help` 的退出码和文字；在本进程里跑，省去导入。"""
-    for folder in ("benchmarks", "docs"):
+    for folder in ("benchmarks", "docs", "docs/figures"):
         if str(ROOT / folder) not in sys.path:
             sys.path.insert(0, str(ROOT / folder))
     module, old = importlib.import_module(script.rpartition("/")[2][:-3]), sys.argv
@@ -72,13 +77,50 @@ def test_two_commands():
                      "pip install -r requirements-dev.txt && python -m pytest"]
 
 
-@pytest.mark.parametrize("script", sorted({script for script, _ in commands()} - {"space/app.py"}))
+@pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS} - {"space/app.py"}))
 def test_commands_are_accepted(script):
     """选项都在 --help 里，值的类型和范围也对（argparse 走到最后的 --help 才停）。"""
-    for arguments in [arguments for name, arguments in commands() if name == script]:
+    for arguments in [arguments for name, arguments in COMMANDS if name == script]:
         code, text = help_of(script, arguments)
         assert code == 0, (script, arguments, text)
         assert options_in(" ".join(arguments)) <= options_in(text), (script, arguments)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """当前目录里有训练好的 gpt2-chinese/，README 里提到的别的名字都指向它。"""
+    tiny_run.make(tmp_path / "gpt2-chinese")
+    for name in ("my-run", "run-a", "run-b"):
+        (tmp_path / name).symlink_to(tmp_path / "gpt2-chinese")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_quick_commands_run(trained, monkeypatch, capfd):
+    """续写、画图、上传（只看不传）：原样跑，不出错，有输出。"""
+    done = set()
+    for script, arguments in COMMANDS:
+        if script in QUICK and not any("Wilsonwin" in argument for argument in arguments):
+            module = importlib.import_module(script[:-3])
+            if hasattr(module, "WORK_DIR"):
+                monkeypatch.setattr(module, "WORK_DIR", "gpt2-chinese")
+            dry = ["--dry_run"] if script == "publish.py" and "--dry_run" not in arguments else []
+            call(module, *arguments, *dry)
+            done.add(script)
+            assert capfd.readouterr().out.strip() or "--output" in arguments, (script, arguments)
+    assert done == set(QUICK) and (trained / "compare.png").stat().st_size > 10_000
+
+
+def test_python_snippets_run(trained, capsys):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert snippets and "中国的历史" in capsys.readouterr().out
+
+
+def test_memory_table_is_what_doctor_prints(capsys):
+    call(doctor, "--memory_table")
+    assert "40 GB" in capsys.readouterr().out
 
 
 def test_options_named_in_the_text_exist():
@@ -90,8 +132,9 @@ def test_options_named_in_the_text_exist():
     assert named <= known, named - known
 
 
-def test_numbers_come_from_results():
-    assert readme_numbers.problems(README) == []
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_numbers_come_from_results(page):
+    assert readme_numbers.problems((ROOT / page).read_text("utf-8")) == []
 
 
 def test_numbers_without_source_fail():
@@ -105,12 +148,25 @@ def test_numbers_without_source_fail():
     assert readme_numbers.problems("| 乱写的续写 <!-- 续写 0 教育的目的 --> |") != []
 
 
-def test_update_replaces_only_the_demo(monkeypatch):
-    text = ("外面 8.44。\n<!-- demo:begin -->\n损失 8.44，1,350 步。 "
-            "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.44 -->\n<!-- demo:end -->\n")
-    monkeypatch.setattr(readme_numbers, "look_up", lambda name, path: 8.61)
-    expected = text.replace("损失 8.44", "损失 8.61").replace("loss=8.44", "loss=8.61")
+def test_update_replaces_what_has_a_source(monkeypatch):
+    """同一段里的换，别的段里同样的数不动；百分数的空格也认得。"""
+    text = ("外面 8.44。\n\n损失 8.44，1,350 步，占 8.4 %。 "
+            "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.44 0.share=8.4% -->\n")
+    monkeypatch.setattr(readme_numbers, "look_up", lambda name, path: 0.086 if "share" in path else 8.61)
+    expected = ("外面 8.44。\n\n损失 8.61，1,350 步，占 8.6%。 "
+                "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.61 0.share=8.6% -->\n")
     assert readme_numbers.updated(text) == expected
+
+
+def test_committed_readme_is_up_to_date():
+    assert readme_numbers.updated(README) == README
+
+
+def test_keys_with_dots_and_missing_keys():
+    name = "results/repetition.json"
+    assert readme_numbers.look_up(name, "mean.采样，重复惩罚␣1.1（generate.py␣的默认）.distinct_2") > 0.9
+    with pytest.raises(SystemExit, match="错误：.*没有 mean.没有这个"):
+        readme_numbers.look_up(name, "mean.没有这个")
 
 
 def test_arithmetic():
