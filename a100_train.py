@@ -175,17 +175,18 @@ def prepare(s, checkpoint):
     """缺语料或分词器，就运行前两步的脚本。接着 checkpoint 训练时，数据和设置必须没有变，否则报错，什么也不动。"""
     corpus, tokenizer, config = (s.work_dir / name for name in ("corpus", "tokenizer", "config.json"))
     flag = "--no-rebuild" if checkpoint else "--rebuild"
-    if "corpus" in s.given or not read_report(corpus):
+    made = read_report(corpus).get("corpus")
+    if "corpus" in s.given or made in (None, ["demo"]) and made != s.corpus:  # 演示的语料不能拿来做完整训练
         run_script("prepare_corpus.py", corpus, flag, "--corpus", *s.corpus)
     corpus_hash, old = read_report(corpus)["corpus_hash"], read_report(tokenizer)
     if old.get("corpus_hash") != corpus_hash or "vocab_size" in s.given and old["vocab_size"] != s.vocab_size:
         run_script("train_tokenizer.py", tokenizer, flag,
                    "--corpus_dir", corpus, "--vocab_size", s.vocab_size)
     s.key = [corpus_hash, read_report(tokenizer)["key"]]
-    old = json.loads(config.read_text(encoding="utf-8")) if checkpoint else vars(s)
-    for name in RECIPE:
-        if old[name] != vars(s)[name]:
-            fail(f"已有的训练用的 {name} 是 {old[name]}，这次是 {vars(s)[name]}：改回去，或换 --work_dir，或加 --fresh 从头来")
+    old = json.loads(config.read_text(encoding="utf-8")) if checkpoint else {}
+    for name in RECIPE if checkpoint else []:
+        if old.get(name) != vars(s)[name]:
+            fail(f"已有的训练用的 {name} 是 {old.get(name)}，这次是 {vars(s)[name]}：改回去，或换 --work_dir，或加 --fresh 从头来")
 
 
 def read_corpus(s, split):
@@ -562,12 +563,12 @@ def main():
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
     stop = StopRequest(s)
     trainer = train(s, checkpoint, stop)
-    accelerate.PartialState().destroy_process_group()  # 不然退出时偶尔会崩溃
+    if RANK:  # 只剩 0 号有事做。不经过解释器的收尾：gloo 的线程有时会在那里卡住（torch 2.13）
+        os._exit(0)
     if trainer.state.global_step < s.total_steps:
         print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
         sys.exit(128 + stop.reason if stop.reason > 1 else 0)
-    if RANK == 0:
-        save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
+    save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 
 def save_final_model(work_dir, model, tokenizer):
@@ -654,7 +655,7 @@ def save_snapshot(model, s, step, history):
     wanted = step in (0, s.total_steps) or re.fullmatch("[125]0{2,}", str(step))
     if RANK == 0 and s.snapshots and wanted:
         folder = s.work_dir / "snapshots" / f"step-{step}"
-        weights = {name: p.bfloat16() for name, p in model.state_dict().items()}
+        weights = {name: p.bfloat16() for name, p in model.named_parameters()}  # 共用的输出层不重复存
         model.save_pretrained(folder, state_dict=weights)
         metrics = next(row for row in reversed(history) if "eval_bits_per_char" in row)
         write_json(folder / "snapshot.json", metrics | {

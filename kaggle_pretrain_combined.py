@@ -633,8 +633,9 @@ def train_worker():
     s.work_dir, checkpoint = Path(s.work_dir), s.checkpoint and Path(s.checkpoint)
     trainer = build_trainer(s, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    accelerate.PartialState().destroy_process_group()  # 不然退出时偶尔会崩溃
-    if RANK == 0 and trainer.state.global_step == s.total_steps:
+    if RANK:  # 不经过解释器的收尾：gloo 的线程有时会在那里卡住（torch 2.13）
+        os._exit(0)
+    if trainer.state.global_step == s.total_steps:
         save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 def definitions():

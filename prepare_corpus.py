@@ -339,7 +339,8 @@ def main():
     add("--output_dir", type=Path, default=Path(default_dir) / "corpus", help="写到哪里")
     add("--rebuild", action=argparse.BooleanOptionalAction, default=True, help="语料过时了就重做")
     args = parser.parse_args()
-    sources = find_sources(args.corpus or DATASETS)
+    args.corpus = args.corpus or list(DATASETS)
+    sources = find_sources(args.corpus)
     stats = {name: [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
              for name, files in sources.items()}
     key, old = fingerprint(FORMAT, stats, args.text_column), read_report(args.output_dir)

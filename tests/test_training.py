@@ -295,6 +295,17 @@ def test_other_data_asked_for_is_refused(work, tmp_path, real_texts, argv):
     assert stopped.value.code not in (0, None) and digest(work) == before
 
 
+@pytest.mark.parametrize(("made", "wanted", "again"), [
+    (["demo"], ["wiki", "zhihu"], True), (["demo"], ["demo"], False), (["书=a.txt"], ["wiki", "zhihu"], False)])
+def test_demo_corpus_is_not_used_for_the_full_training(copied, monkeypatch, made, wanted, again):
+    """演示跑过的文件夹里做完整训练：语料重做；自己的语料不动。"""
+    path, ran = copied / "corpus/report.json", []
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"corpus": made}), "utf-8")
+    monkeypatch.setattr(a100_train, "run_script", lambda name, *rest: ran.append(name))
+    a100_train.prepare(argparse.Namespace(work_dir=copied, corpus=wanted, given=[], vocab_size=VOCAB_SIZE), None)
+    assert ran == ["prepare_corpus.py"] * again
+
+
 # ==== 写错了的、放不下的 ====
 
 @pytest.mark.parametrize(("argv", "words"), [
