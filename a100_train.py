@@ -6,7 +6,7 @@
     python a100_train.py --preset demo           # 演示：没有显卡也能跑，不用联网，几分钟
     python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
     torchrun --nproc_per_node=2 a100_train.py    # 两张卡
-测过：演示在 2 核 Intel Xeon 上 114 秒，每字比特 5.72（2026-11-24）；显卡上未测。
+测过：演示在 2 核 Intel Xeon 上 110 秒，每字比特 5.72（2026-11-24）；显卡上未测。
 中断了，同一条命令再跑一次就接着训练，结果不变。第 8 节只管防错，初学可以不看。
 """
 

@@ -209,13 +209,13 @@ def curve(run, left, right):
         parts.append(f'<path d="M40 {at} H460" stroke="#8884"/><text x="25" y="{at + 5}">{loss}</text>')
     for step in [0, *(10**power for power in range(7) if 10**power < last / 2), last]:
         parts.append(f'<text x="{x(step)}" y="220">{step}</text>')
-    for points, style in ((train, 'stroke="#999"'), (held_out, 'stroke="#2563eb" stroke-width="2"')):
-        path = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
-        parts.append(f'<polyline points="{path}" fill="none" {style}/>')
+    path = " ".join(f"{x(step)},{y(loss)}" for step, loss in train)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="#999"/>')
+    parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="4" fill="#2563eb"/>' for step, loss in held_out]
     for side, index, color in (("左", left, "#ea580c"), ("右", right, "#16a34a")):
         at = x(run.snapshots[int(index)]["step"])
         parts.append(f'<g stroke="{color}"><path d="M{at} 20 V204"/><text x="{at}" y="15">{side}</text></g>')
-    return "".join([*parts, '<text x="250" y="238">步数（灰：训练损失，蓝：验证损失）</text></svg>'])
+    return "".join([*parts, '<text x="250" y="238">步数（线：训练损失，点：验证损失）</text></svg>'])
 
 
 def tokenizer_tab(run):

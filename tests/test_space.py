@@ -135,7 +135,7 @@ def test_odd_prompts(app, run):
 
 def test_curve_holds_numbers_only(app, run):
     svg = app.curve(run, 1, 3)
-    assert svg.count("<polyline") == 2 and "左" in svg and not re.search(r"nan|inf|None", svg)
+    assert svg.count("<polyline") == 1 and "<circle" in svg and "左" in svg and not re.search(r"nan|inf|None", svg)
 
 
 def test_missing_model(app, tmp_path):
