@@ -86,13 +86,19 @@ QUEUE = [
     *sweep([8e-3, 2e-3, 3.2e-2, 4e-3, 1.6e-2], batch=512, seed=43),
     *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0, 0.0625)],           # LayerNorm、偏置另用一个
     Trial(rate=4e-3, vectors=0.25),
-    Trial(rate=4e-3, **FULL),
-    *sweep([6.4e-2], layers=8),
-    *sweep([6.4e-2], vocab=32_000),
-    *sweep([8e-3], batch=32_768),
+    *sweep([4e-3], width=384),
+    *sweep([1e-3, 5e-4, 2e-3, 2.5e-4], width=768, muon=0),                               # 只用 AdamW
     *[Trial(rate=1.6e-2, muon=muon, batch=8192) for muon in (0.04, 0.01)],
-    *sweep([1e-3, 5e-4, 2e-3], width=768, muon=0),                                       # 只用 AdamW
+    *sweep([6.4e-2], vocab=32_000),
     *sweep([8e-3], steps=640),
+    *sweep([6.4e-2], layers=8),
+    *sweep([8e-3], batch=32_768),
+    Trial(rate=4e-3, **FULL),
+    Trial(rate=3e-4, muon=0, **FULL),
+    Trial(rate=2e-3, seed=43, **FULL),
+    Trial(**REFERENCE | dict(rate=6e-4), **FULL),
+    Trial(**REFERENCE, seed=43, **FULL),
+    Trial(rate=2e-3, muon=0.03, **FULL),
 ]
 
 
