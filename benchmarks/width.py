@@ -98,7 +98,6 @@ QUEUE = [
     Trial(rate=2e-3, seed=43, **FULL),
     Trial(**REFERENCE | dict(rate=6e-4), **FULL),
     Trial(**REFERENCE, seed=43, **FULL),
-    Trial(rate=2e-3, muon=0.03, **FULL),
 ]
 
 
