@@ -55,7 +55,7 @@ SWITCH = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关�
 # 每行：名字、类型、说明、完整训练（full）的默认值、演示（demo）的默认值（不写就相同）
 SETTINGS = [
     ("work_dir", Path, "输出的文件夹", HOME),
-    ("corpus", list, "wiki zhihu demo 或 [名字=]路径，可以几个", ["wiki", "zhihu"], ["demo"]),
+    ("corpus", list, "wiki zhihu demo 或 [名字=]路径（格式见 prepare_corpus.py），可以几个", ["wiki", "zhihu"], ["demo"]),
     ("vocab_size", int, "词表 V：token 有多少种", 32_000, 4_500),
     ("n_layer", int, "层数 L", 8, 2),
     ("n_embd", int, "向量的维数 C", 768, 128),
@@ -110,15 +110,17 @@ def read_settings():
         low = 0 if name in ("max_steps", "seed") else 1e-9
         if type(value) in (int, float) and not low <= value < 2**32:
             fail(f"--{name} 是 {value}；要一个大于 0 的数")
-    if s.n_embd % s.n_head or s.effective_batch_size % (s.batch_size * WORLD_SIZE):
-        fail(f"--n_embd {s.n_embd} 要是 --n_head {s.n_head} 的整数倍，--effective_batch_size "
-             f"{s.effective_batch_size} 要是 --batch_size {s.batch_size} × {WORLD_SIZE} 个进程的整数倍")
+    if s.n_embd % s.n_head:
+        fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍")
+    if s.effective_batch_size % (s.batch_size * WORLD_SIZE):
+        fail(f"--effective_batch_size {s.effective_batch_size} 不是 --batch_size {s.batch_size} × {WORLD_SIZE} "
+             f"个进程的整数倍；改小 --batch_size")
     return s
 
 
 def choose_speed(s):
     """把 auto 换成这台机器上最快而可靠的做法；写明了却办不到的，报错。"""
-    # A100（计算能力 8.0）与 T4（7.5）的区别全在这里：8.0 起有 bf16、TF32、FlashAttention，T4 用 fp16。
+    # A100（计算能力 8.0）与 T4（7.5）的区别都由这里来：8.0 起有 bf16、TF32、FlashAttention，T4 用 fp16。
     # bf16 每个数 2 字节，范围与 4 字节的 fp32 一样，位数少；fp16 大于 65,504 就溢出，要 GradScaler 放大损失、跳过
     # 溢出的一步。FlashAttention 分块算注意力，不存 T × T 的矩阵；torch 的 SDPA 里也有它
     def has(package):
@@ -427,7 +429,7 @@ def generate_samples(model, tokenizer, s):
 # 有效批量是 96 块 × 1,024 = 98,304 token；微批量只影响显存和速度，不影响结果。
 
 class GPT2Trainer(transformers.Trainer):
-    """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer。"""
+    """Trainer，换掉四样：优化器、学习率曲线、验证、日志。想试别的优化器，改 create_optimizer，换一个 --work_dir。"""
 
     def create_optimizer(self, model=None):
         s = self.settings
@@ -557,7 +559,9 @@ def main():
     if s.prepare_only:
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
-    if RANK == 0 and not checkpoint:
+    if checkpoint:
+        print(f"从第 {step_of(checkpoint)} 步接着训练")
+    elif RANK == 0:
         write_json(s.work_dir / "config.json", vars(s))
     if s.device == "cpu" and sys.platform == "linux":  # glibc 一释放内存就还给系统，再要时逐页清零：慢两成
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)

@@ -88,7 +88,7 @@ def load(folder, tokenizer_folder):
         sys.exit(f"错误：{folder} 读不出来（{str(error).split(chr(10))[0]}）；可能没写完，换一个")
     if (folder / "snapshot.json").exists():
         note = json.loads((folder / "snapshot.json").read_text(encoding="utf-8"))
-        print(f"[第 {note['step']} 步，最近一次验证损失 {note['eval_loss'] or '未测'}]", file=sys.stderr)
+        print("[第 {step} 步；第 {eval_step} 步的验证损失 {eval_loss}]".format(**note), file=sys.stderr)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

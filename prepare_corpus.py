@@ -54,7 +54,8 @@ def find_files(path):
     found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
     endings = tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".xz", ".zst"))
     files = sorted(Path(file) for file in found if file.endswith(endings) and os.path.isfile(file))
-    return files or sys.exit(f"错误：{path!r} 里没有能读的语料；要 {' '.join(KINDS)} 的文件、文件夹或通配符")
+    return files or sys.exit(
+        f"错误：没有 {path!r}，或里面没有语料；要文件、文件夹或通配符，{' '.join(KINDS)}（可再压缩成 .gz .xz .zst）")
 
 
 def find_sources(specs):
@@ -89,8 +90,9 @@ def download(name, source):
             if getattr(error, "errno", None) == 28:
                 raise                                # 磁盘满了，换一处也没有用
             print(f"从 {place} 下载没有成功：{type(error).__name__} {' '.join(str(error).split())[:120]}")
-    sys.exit(f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后加 "
-             f"--source modelscope；从 https://modelscope.cn/datasets/{modelscope} 下载，再用 --corpus {name}=文件")
+    sys.exit(f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后用 "
+             f"prepare_corpus.py --source modelscope；从 https://modelscope.cn/datasets/{modelscope} 下载，"
+             f"再用 --corpus {name}=文件")
 
 
 def demo_documents():
@@ -170,7 +172,7 @@ def text_of(row, column=None):
         if values and all(isinstance(value, str) for value in values):
             return "\n".join(values)
     found = "、".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
-    raise ValueError(f"没有文本列 {column or 'text'}，或里面不是文字；有的列是 {found}；用 --text_column 指明文本列")
+    raise ValueError(f"没有文本列 {column or 'text'}，或里面不是文字；有的列是 {found}；用 prepare_corpus.py 的 --text_column 指明")
 
 
 def read_texts(path, column=None):

@@ -21,8 +21,8 @@ WORK_DIR = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() 
 WAITS = (2, 10, 30)          # 忙（429、5xx）或断线：等这么多秒再来，都不行才停
 FIELDS = {"parameters": "参数", "n_layer": "层数", "n_embd": "维数", "n_head": "注意力的头数", "vocab_size": "词表",
           "block_size": "上下文（词块）", "effective_batch_size": "每步的块数", "total_steps": "步数", "optim": "优化器",
-          "learning_rate": "学习率", "muon_learning_rate": "Muon 的学习率", "lr_schedule": "学习率怎样变",
-          "weight_decay": "权重衰减", "seed": "种子", "device_name": "硬件", "precision": "精度"}
+          "learning_rate": "学习率", "muon_learning_rate": "Muon 的学习率",
+          "seed": "种子", "device_name": "硬件", "precision": "精度"}
 
 
 def parse_args():

@@ -67,7 +67,7 @@ def make(folder, vocab_size=0, **sizes):
     for step, loss in STEPS.items():
         snapshot = folder / "snapshots" / f"step-{step}"
         model(len(pieces), seed=step, **sizes).to(torch.bfloat16).save_pretrained(snapshot)
-        write_json(snapshot / "snapshot.json", {"step": step, "eval_loss": loss, "tokens": step * 2048,
+        write_json(snapshot / "snapshot.json", {"step": step, "eval_step": step, "eval_loss": loss, "tokens": step * 2048,
                                                 "eval_bits_per_char": loss and loss * 1.12})
     write_logs(folder)
     return folder
