@@ -194,7 +194,8 @@ def prepare(s, checkpoint):
 def read_corpus(s, split):
     """逐批给出 (文本的列表, 来源的列表)。"""
     for path in sorted((s.work_dir / "corpus").glob(f"{split}-*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(2000, columns=["text", "source"]):
+        file = pq.ParquetFile(path, pre_buffer=False)  # True 会把整个文件读进内存
+        for batch in file.iter_batches(2000, columns=["text", "source"]):
             yield batch["text"].to_pylist(), batch["source"].to_pylist()
 
 

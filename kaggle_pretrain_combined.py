@@ -291,7 +291,8 @@ HARD_LINES = ["，。！？：；（）“”……——", "  ＡＢ  12\t3 ", 
 
 def read_corpus(s, split):
     for path in sorted(TEMP.glob(f"{split}-*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(2000, columns=["text", "source"]):
+        file = pq.ParquetFile(path, pre_buffer=False)  # True 会把整个文件读进内存
+        for batch in file.iter_batches(2000, columns=["text", "source"]):
             yield batch["text"].to_pylist(), batch["source"].to_pylist()
 
 def read_lines(split):

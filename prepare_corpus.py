@@ -146,7 +146,7 @@ def read_rows(path):
     """逐行给出一个文件的内容：字典，或文字；空行是 None。"""
     kind = path.suffix if path.suffix in KINDS else Path(path.stem).suffix
     if kind == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(BATCH):
+        for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(BATCH):
             yield from batch.to_pylist()
         return
     opened = lzma.open(path) if path.suffix == ".xz" else pa.input_stream(str(path))     # 会解 .gz .zst

@@ -43,10 +43,10 @@ MAX_LINES, COVERAGE = 200_000, 0.9999  # 用多少行；常见的字各有词块
 # ==== 2. 读语料 ====
 
 def read_lines(corpus_dir, split):
-    """逐行给出 train 或 eval 的文字，空行不要；切到 1,000 字符以内，SentencePiece 会悄悄跳过太长的行。"""
+    """逐行给出 train 或 eval 的文字，空行不要；切到 1,000 字符以内，SentencePiece 会跳过太长的行。"""
     for path in sorted(corpus_dir.glob(f"{split}-*.parquet")):
         try:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["text"]):
+            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(1000, columns=["text"]):
                 for text in batch["text"].to_pylist():
                     yield from filter(str.strip, re.findall(r".{1,1000}", text))
         except (ValueError, KeyError, OSError) as error:

@@ -119,7 +119,7 @@ def ours(text, tokenizer, work_dir, processes):
     documents = sum(source["documents"] for source in report["sources"].values())
     tokens = meta["train_tokens"]
     eval_tokens = sum(place["end"] - place["start"] for place in meta["eval_sources"].values())
-    return [{"pipeline": "本项目：清洗、去重、切分", "processes": processes, **corpus,
+    return [{"pipeline": "本项目：清洗、去重、切分", "processes": 1, **corpus,
              "disk_mb": folder_mb(work_dir / "corpus"), "documents": documents},
             {"pipeline": "本项目：编码、打包", "processes": processes, **pack,
              "disk_mb": folder_mb(work_dir / "packed"), "tokens": tokens + eval_tokens,

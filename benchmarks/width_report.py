@@ -152,7 +152,8 @@ def full_table(runs):
 def recipe_name(run):
     if run["muon"]:
         return f"Muon {run['muon']:g} + AdamW {run['rate']:g}，线性"
-    return f"AdamW {run['rate']:g}，" + ("余弦、预热 17 %、β2 0.999（公开参考）" if run["schedule"] == "cosine" else "线性")
+    published = "（公开参考）" if run["rate"] == 3e-4 else ""
+    return f"AdamW {run['rate']:g}，" + (f"余弦、预热 17 %、β2 0.999{published}" if run["schedule"] == "cosine" else "线性")
 
 
 def select(optima, **fixed):
@@ -308,8 +309,8 @@ def draw(runs, optima, noise, path):
         rows = [row for row in run["rows"] if "bits_per_char" in row]
         axes[1, 1].plot([row["tokens"] for row in rows], [row["bits_per_char"] for row in rows], "o-", ms=3,
                         label=f"{recipe_name(run)}（种子 {run['seed']}）")
-    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）", ylim=(4.6, 5.6))
-    axes[1, 1].legend(fontsize=8)
+    axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）", ylim=(4.6, 6.0))
+    axes[1, 1].legend(fontsize=7, loc="upper right")
     for axis, title in zip(axes.flat, ("2 层，2,048 token/步，160 步", "192 维 × 2 层，160 步", "最优学习率对批量",
                                        "真实大小：8 层 × 768 维，词表 32,000，2,048 token/步"), strict=True):
         axis.set_title(title)
