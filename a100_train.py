@@ -67,7 +67,7 @@ SETTINGS = [
     ("max_steps", int, "更新几次；大于 0 时代替 epochs", 0, 1350),
     ("max_hours", float, "到这个时间前存好停下，下次接着来", None),
     ("learning_rate", float, "最高学习率（Muon 时管矩阵以外的）", None),
-    ("muon_learning_rate", float, "矩阵的最高学习率（Muon）", 0.02),
+    ("muon_learning_rate", float, "矩阵的最高学习率（Muon）", 0.025, 0.02),
     ("seed", int, "随机种子", 42),
     ("device", str, "cuda、cpu 或 mps（苹果的显卡，未测）", "auto"),
     ("precision", str, "矩阵乘用的数：bf16、fp16、fp32", "auto"),
@@ -378,7 +378,7 @@ def learning_rate_scale(step, total_steps):
     """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先线性升到 1（预热），再线性降到 0。"""
     # 预热：开头的梯度又大又乱，小步走才不会带偏。降到 0：步子越走越细，损失还会再降一截。
     # 例：共 11,838 步时预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964，
-    # 矩阵的学习率 0.02 × 0.964 = 0.0193，其余的 3e-3 × 0.964 = 2.9e-3
+    # 矩阵的学习率 0.025 × 0.964 = 0.0241，其余的 3e-3 × 0.964 = 2.9e-3
     warmup_steps = round(WARMUP * total_steps)
     return min((step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, total_steps - warmup_steps))
 
