@@ -275,8 +275,12 @@ def test_stop_button(kaggle, capsys):
     (kaggle.TEMP / "train.py").write_text(
         f"import time\nfrom pathlib import Path\nwhile not Path({str(kaggle.STOP)!r}).exists():\n"
         "    time.sleep(0.1)\nprint('存好了')\n", encoding="utf-8")
-    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert kaggle.run_processes(kaggle.s) == (0, "")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)     # 在后台启动的 shell 里，它是被忽略的
+    try:
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        assert kaggle.run_processes(kaggle.s) == (0, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
     shown = capsys.readouterr().out
     assert "收到停止信号" in shown and shown.count("存好了") == 2
 
