@@ -32,7 +32,7 @@ PROCESSES = None  # 几个训练进程；None：有几张显卡就几个
 FULL = dict(vocab_size=32_000, n_layer=8, n_embd=768, n_head=12, block_size=1024, effective_batch_size=96,
             epochs=2.0, max_steps=0, muon_learning_rate=0.025, seed=42, logging_steps=10, eval_steps=500)
 DEMO = dict(vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64, effective_batch_size=32,
-            epochs=1.0, max_steps=1350, muon_learning_rate=0.02, eval_steps=225)
+            epochs=1.0, muon_learning_rate=0.02, max_steps=1350, eval_steps=225)
 KAGGLE = Path("/kaggle")
 WORKING = KAGGLE / "working" if KAGGLE.is_dir() else Path.cwd()  # 关机后只留下它，至多 20 GB
 TEMP = (KAGGLE / "temp" if KAGGLE.is_dir() else Path.cwd()) / "gpt2-chinese-temp"  # 下载、语料、缓存，不保留
