@@ -572,7 +572,8 @@ def main():
         os._exit(0)
     if trainer.state.global_step < s.total_steps:
         print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
-        sys.exit(128 + stop.reason if stop.reason > 1 else 0)
+        code = 128 + stop.reason if stop.reason > 1 else 0
+        sys.exit(code) if WORLD_SIZE == 1 else os._exit(code)
     save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
 
 

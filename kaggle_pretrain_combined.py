@@ -634,10 +634,10 @@ def train_worker():
     s.work_dir, checkpoint = Path(s.work_dir), s.checkpoint and Path(s.checkpoint)
     trainer = build_trainer(s, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if RANK:  # 不经过解释器的收尾：gloo 的线程有时会在那里卡住（torch 2.13）
-        os._exit(0)
-    if trainer.state.global_step == s.total_steps:
+    if RANK == 0 and trainer.state.global_step == s.total_steps:
         save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
+    sys.stdout.flush()
+    os._exit(0)  # 不经过解释器的收尾：gloo 的线程有时会在那里卡住（torch 2.13）
 
 def definitions():
     """运行过的格子（作为脚本就是本文件）里的定义。"""
