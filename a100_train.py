@@ -542,7 +542,7 @@ def main():
     if RANK:  # 几个进程时只有 0 号说话；它出错时，torchrun 用 SIGTERM 叫停等着的进程
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if WORLD_SIZE == 1:  # 有几张显卡时，Trainer 会悄悄用很慢的 DataParallel：只给它看第一张
+    if WORLD_SIZE == 1:  # 有几张显卡时，Trainer 会用很慢的 DataParallel：只给它看第一张
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.get_logger("transformers.trainer").addFilter(  # 检查点里本来就没有：与词向量共用
@@ -568,7 +568,7 @@ def main():
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
     stop = StopRequest(s)
     trainer = train(s, checkpoint, stop)
-    if RANK:  # 只剩 0 号有事做。不经过解释器的收尾：gloo 的线程有时会在那里卡住（torch 2.13）
+    if RANK:  # 不经过解释器的收尾：gloo 的线程有时会在那里卡住（torch 2.13）
         os._exit(0)
     if trainer.state.global_step < s.total_steps:
         print(f"停在第 {trainer.state.global_step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
@@ -581,9 +581,8 @@ def save_final_model(work_dir, model, tokenizer):
     """写 final_model/，再画曲线。"""
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
-    longest = min(100, model.config.n_positions // 2)
     model.generation_config = transformers.GenerationConfig(
-        max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
+        max_new_tokens=min(100, model.config.n_positions // 2), bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
     if (plot := Path(__file__).with_name("plot_loss.py")).exists():
@@ -620,8 +619,9 @@ def newest_checkpoint(work_dir):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             safetensors.torch.load_file(path / "model.safetensors")
-            for file in (path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))):
-                zipfile.ZipFile(file).testzip()
+            files = path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))
+            if any(zipfile.ZipFile(file).testzip() for file in files):
+                raise zipfile.BadZipFile
             return path
         except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")

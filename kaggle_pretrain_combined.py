@@ -135,8 +135,9 @@ def newest_checkpoint(work_dir):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             safetensors.torch.load_file(path / "model.safetensors")
-            for file in (path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))):
-                zipfile.ZipFile(file).testzip()
+            files = path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))
+            if any(zipfile.ZipFile(file).testzip() for file in files):
+                raise zipfile.BadZipFile
             return path
         except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
             print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
@@ -619,9 +620,8 @@ def build_trainer(s, checkpoint):
 def save_final_model(work_dir, model, tokenizer):
     model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
     model.config.use_cache, model.config.pad_token_id = True, PAD
-    longest = min(100, model.config.n_positions // 2)
     model.generation_config = transformers.GenerationConfig(
-        max_new_tokens=longest, bos_token_id=BOS, **SAMPLING)
+        max_new_tokens=min(100, model.config.n_positions // 2), bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
     print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")

@@ -110,7 +110,7 @@ def make_optimizer(model, s):
     """与 GPT2Trainer.create_optimizer 一样的优化器。"""
     if s.optim == "muon":
         groups = a100_train.parameter_groups(model, s.learning_rate, s.muon_learning_rate)
-        return a100_train.Muon(groups, lr=s.learning_rate, betas=a100_train.BETAS, foreach=True, fused=False)
+        return a100_train.Muon(groups, lr=s.learning_rate, betas=a100_train.BETAS, fused=True)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [dict(params=matrices, weight_decay=a100_train.WEIGHT_DECAY),

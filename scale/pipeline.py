@@ -25,7 +25,6 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
@@ -41,7 +40,6 @@ from datatrove.pipeline.writers.parquet import ParquetWriter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare_corpus
 
-SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 # load_dataset 按它找两个切分；来源和许可由使用者补上
 CARD = """---
 configs:
@@ -171,7 +169,7 @@ def stages(files, output_dir, tasks):
         return [ReadCleaned(cleaned), ExactDedupFilter(duplicates, config)]
 
     # max_file_size=-1：一个任务一个文件，文件名就是任务号
-    writer = dict(compression="zstd", adapter=text_and_source, schema=SCHEMA, max_file_size=-1)
+    writer = dict(compression="zstd", adapter=text_and_source, schema=prepare_corpus.SCHEMA, max_file_size=-1)
     return [
         ("clean", [ReadAndClean(files), ParquetWriter(cleaned, **writer),
                    ExactDedupSignature(signatures, config, finder_workers=tasks)]),
