@@ -556,7 +556,7 @@ def main():
         lock.acquire()
         prepare(s, checkpoint)
         pack(s)
-    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1))  # 别的进程在这里等 0 号准备数据
+    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1))  # 别的进程在这里等 0 号
     if s.prepare_only:
         return print("数据准备好了。去掉 --prepare_only 再跑一次就开始训练")
     derive(s)
