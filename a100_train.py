@@ -677,14 +677,14 @@ class StopRequest(transformers.TrainerCallback):
     """Ctrl-C、SIGTERM（reason 是信号的编号）或 --max_hours（reason 是 1）：做完这一步，存好检查点再停。"""
 
     def __init__(self, s):
-        self.settings, self.reason = s, 0
+        self.settings, self.asked, self.reason = s, 0, 0
         self.deadline = START + 3600 * 0.99 * (s.max_hours or math.inf)  # 留 1% 存盘
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, self.request)
 
     def request(self, which, frame):
         print("收到停止信号：做完这一步就存检查点（再按一次立即停）")
-        self.reason = which
+        self.asked = which  # 不能直接写进 reason：正在商量的那一步会把它盖掉
         signal.signal(which, lambda *_: sys.exit(128 + which))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -694,7 +694,7 @@ class StopRequest(transformers.TrainerCallback):
         save_snapshot(model, self.settings, state.global_step, state.log_history)
         if WORLD_SIZE == 1 or state.global_step % args.logging_steps == 0:  # 几个进程要停在同一步
             late = time.time() > self.deadline
-            self.reason = max(accelerate.utils.gather_object([self.reason or int(late)]))
+            self.reason = max(accelerate.utils.gather_object([self.asked or int(late)]))
             control.should_training_stop |= self.reason > 0
             control.should_save |= self.reason > 0
         if control.should_save:  # 检查点每个参数 12 字节，最终模型 4 字节

@@ -15,6 +15,7 @@ import time
 
 import fault_injection
 import pytest
+import transformers
 from conftest import ROOT, STEPS, TINY, call, read_jsonl
 
 import a100_train
@@ -144,6 +145,26 @@ def test_deadline_leaves_time_to_save(monkeypatch):
         for hours, reserve in ((0.5, 18), (11, 396)):
             late = a100_train.StopRequest(argparse.Namespace(max_hours=hours)).deadline - a100_train.START
             assert late == pytest.approx(hours * 3600 - reserve, abs=0.01)
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
+
+
+def test_signal_during_the_vote_is_not_lost(monkeypatch, tmp_path):
+    """几个进程正在商量停不停（各自已交出“不停”）时来了信号：这一步照商量好的继续，下一次商量就停。"""
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = a100_train.StopRequest(argparse.Namespace(max_hours=None, snapshots=False, total_steps=9,
+                                                         work_dir=tmp_path, parameters=1))
+        monkeypatch.setattr(a100_train.accelerate.utils, "gather_object",
+                            lambda votes: (stop.request(signal.SIGTERM, None), votes)[1])
+        state, argument = transformers.TrainerState(global_step=3), argparse.Namespace(
+            logging_steps=1, output_dir=tmp_path)
+        for expected in (False, True):
+            control = transformers.TrainerControl()
+            stop.on_step_end(argument, state, control)
+            assert control.should_training_stop is control.should_save is expected
+        assert stop.reason == signal.SIGTERM
     finally:
         for which, handler in handlers.items():
             signal.signal(which, handler)
