@@ -74,13 +74,12 @@ import torch.nn.functional as F
 from huggingface_hub import HfApi
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-PAD, BOS, EOS = 0, 2, 3  # 特殊 token 的编号，与 train_tokenizer.py 一致
+PAD, BOS, EOS = 0, 2, 3
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, pad_token_id=PAD)
 LEARNING_RATES = {"full": (3e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
-WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)  # 预热占总步数的 5%；其余见第 4 节
+WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)
 s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), learning_rate=LEARNING_RATES[PRESET][0],
                        preset=PRESET, work_dir=WORKING / "gpt2-chinese", optim="muon", attn="sdpa")
 
@@ -132,15 +131,13 @@ def step_of(checkpoint):
 
 def newest_checkpoint(work_dir):
     for path in sorted((work_dir / "checkpoints").glob("checkpoint-*"), key=step_of, reverse=True):
-        try:
+        with suppress(OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             safetensors.torch.load_file(path / "model.safetensors")
             files = path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))
-            if any(zipfile.ZipFile(file).testzip() for file in files):
-                raise zipfile.BadZipFile
-            return path
-        except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-            print(f"跳过不完整的检查点 {path}（{type(error).__name__}）")
+            if not any(zipfile.ZipFile(file).testzip() for file in files):
+                return path
+        print(f"跳过不完整的检查点 {path}")
 
 def open_hub():
     """(HfApi, 仓库的全名)。仓库是私有的，没有就新建；令牌只放在 Kaggle 的 Secrets 里。"""
@@ -179,8 +176,7 @@ restore(s)
 # ## 5. 语料：下载、清洗、去重，留出验证集
 # 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
-SHORTEST, LETTERS = 4, 0.3          # 短于前者算太短；字母和汉字不到后者算不是文字
-EVAL_MAXIMUM = 10_000               # 每个来源的验证集至多几篇
+SHORTEST, LETTERS, EVAL_MAXIMUM = 4, 0.3, 10_000  # 少于 4 个字，或文字不到三成，不要；一个来源至多留几篇验证
 TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|"
        r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
        r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
@@ -190,24 +186,21 @@ BOILERPLATE = (
     r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
     r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
     r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
-HINTS = ("编辑于", "发布于", "著作权", "zhihu.com", "：知乎", "[视频", "[图片", "[动图", "加载中", "封面", "阅读全文")
-RULES = [(step, hints, re.compile(pattern), replacement) for step, hints, pattern, replacement in [
-    # 步骤, 线索（文中一个也没有就不用试）, 样式, 换成什么；从上到下依次做
-    ("replaced_u2581", "\u2581", "\u2581", " "),
-    ("html", "<", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
-    ("html", "<", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
-    ("html", "<", TAG, ""),
-    ("html", "&", r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});",
-     lambda match: html.unescape(match[0]).replace("\xa0", " ")),
-    ("invisible", "\r\x0b\x0c\x85\u2028\u2029", "\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n"),      # 各种换行
-    ("invisible", [""], "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
+RULES = [(step, re.compile(pattern), replacement) for step, pattern, replacement in [  # 从上到下依次做
+    ("replaced_u2581", "\u2581", " "),
+    ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
+    ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
+    ("html", TAG, ""),
+    ("html", r"&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
+    ("invisible", "\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n"),  # 各种换行
+    ("invisible", "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]", ""),
-    ("invisible", "\u200d", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),      # 不拆表情
-    ("boilerplate", HINTS, BOILERPLATE, ""),
-    ("blank_lines", "\n", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
+    ("invisible", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),  # 不拆表情
+    ("boilerplate", BOILERPLATE, ""),
+    ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
 
-def read_report(folder, name="report.json"):
+def read_report(folder, name="report.json"):  # 没做完、缺文件或大小不对，是 {}
     try:
         report = json.loads((folder / name).read_text(encoding="utf-8"))
         sizes = {file: (folder / file).stat().st_size for file in report["files"]}
@@ -232,8 +225,8 @@ def held_out_limit(documents, smallest):
 
 def clean(text):
     """清洗一篇；整篇不要，就返回空的。"""
-    for _, hints, pattern, replacement in RULES:
-        text = pattern.sub(replacement, text) if any(hint in text for hint in hints) else text
+    for _, pattern, replacement in RULES:
+        text = pattern.sub(replacement, text)
     text = text.strip()
     head = "".join(text[:300].split())
     return text if len(text) >= SHORTEST and sum(map(str.isalpha, head)) >= LETTERS * len(head) else ""
@@ -290,16 +283,10 @@ prepare_corpus(s)
 SPECIAL, SPACE, MAX_LINES, COVERAGE = ["<pad>", "<unk>", "<s>", "</s>"], "\u2581", 200_000, 0.9999
 HARD_LINES = ["，。！？：；（）“”……——", "  ＡＢ  12\t3 ", "龘𠮷😀👨‍👩‍👧", "</s> <pad> <0x41>", "한국어 e\u0301 \x00\u200b"]
 
-def read_corpus(s, split):
-    for path in sorted(TEMP.glob(f"{split}-*.parquet")):
-        file = pq.ParquetFile(path, pre_buffer=False)  # True 会把整个文件读进内存
-        for batch in file.iter_batches(2000, columns=["text", "source"]):
-            yield batch["text"].to_pylist(), batch["source"].to_pylist()
-
 def read_lines(split):
     """逐行给出文字，空行不要；切到 1,000 字以内，SentencePiece 会悄悄跳过太长的行。"""
-    for texts, _ in read_corpus(s, split):
-        for text in texts:
+    for batch in pq.ParquetFile(TEMP / f"{split}-0.parquet", pre_buffer=False).iter_batches(2000):
+        for text in batch["text"].to_pylist():
             yield from filter(str.strip, re.findall(r".{1,1000}", text))
 
 def limit_characters(lines, vocab_size):
@@ -359,56 +346,49 @@ train_tokenizer(s)
 # 全部文档编成 token，首尾相接，切成等长的块。
 # %%
 def encode(sp, texts):
-    documents = [re.findall(r"(?s).{1,8000}(?:\n|\Z)|.{1,8000}", text) for text in texts]
-    ids = sp.encode([page for pages in documents for page in pages], num_threads=os.cpu_count(),
-                    return_type="numpy")
-    for last in np.cumsum([len(pages) for pages in documents]) - 1:
-        ids[last] = np.append(ids[last], EOS)
+    ids = sp.encode(texts, add_eos=True, num_threads=os.cpu_count(), return_type="numpy")
     return np.concatenate(ids).astype(np.uint16)
 
 def write_json(path, value):
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
 
 def pack(s):
-    packed, counts, sources, end = s.work_dir / "packed", 0, {}, 0
+    corpus, packed, counts, sources = TEMP, s.work_dir / "packed", 0, {}
     if read_report(packed, "meta.json").get("key") == s.key:
-        return print(f"打包好的数据没有变，沿用 {packed}")
+        return print(f"数据没有变，沿用 {packed}")
     packed.mkdir(exist_ok=True)
-    (packed / "meta.json").unlink(missing_ok=True)  # 最后才写它：没有它，别的文件不算数
+    (packed / "meta.json").unlink(missing_ok=True)  # 最后才写：没有它，别的不算数
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
     with open(packed / "train.bin", "wb") as file:
-        for texts, _ in read_corpus(s, "train"):  # 文档在第 1 步已经打乱
-            file.write(tokens := encode(sp, texts))
-            counts += np.bincount(tokens, minlength=sp.get_piece_size())
-    pairs = [pair for texts, names in read_corpus(s, "eval") for pair in zip(names, texts, strict=True)]
+        for path in sorted(corpus.glob("train-*.parquet")):
+            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(2000):  # True 会读进整个文件
+                file.write(tokens := encode(sp, batch["text"].to_pylist()))
+                counts += np.bincount(tokens, minlength=sp.get_piece_size())
+    held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet"))).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
-        for name in sorted({name for name, _ in pairs}):
-            texts = [text for source, text in pairs if source == name]
-            file.write(tokens := encode(sp, texts))
-            sources[name] = {"start": end, "end": end + len(tokens), "characters": sum(map(len, texts))}
-            end += len(tokens)
+        for name, texts in held_out.groupby("source")["text"]:
+            start, _ = file.tell() // 2, file.write(encode(sp, texts.tolist()))
+            sources[name] = {"start": start, "end": file.tell() // 2, "characters": sum(map(len, texts))}
     share = counts[counts > 0] / counts.sum()
     write_json(packed / "meta.json", {
         "key": s.key, "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
-        "unigram_entropy": float(-(share * np.log(share)).sum()),  # 只猜词频能到的损失，nat
+        "unigram_entropy": float(-(share * np.log(share)).sum()),
         "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}})
 
 class BlockStream(torch.utils.data.Dataset):
     def __init__(self, path, block_size, length, seed):
-        self.path, self.block_size = path, block_size
-        n_blocks = path.stat().st_size // 2 // block_size  # 只丢掉末尾不满一块的
+        self.data, self.size = np.memmap(path, np.uint16, "r"), block_size
+        n_blocks = len(self.data) // block_size  # 只丢掉末尾不满一块的
         self.order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n_blocks)
                                      for epoch in range(math.ceil(length / n_blocks))])[:length]
 
     def __len__(self):
         return len(self.order)
 
-    def __getitems__(self, indices):
-        data = np.memmap(self.path, dtype=np.uint16, mode="r")  # 每批重开：一直开着，内存看起来会越涨越多
-        places = self.order[indices][:, None] * self.block_size + np.arange(self.block_size + 1)
-        tokens = torch.from_numpy(data[np.minimum(places, len(data) - 1)].astype(np.int64))
-        tokens[torch.from_numpy(places == len(data))] = -100  # 文件末尾没有下一个：-100 不计损失
-        return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+    def __getitem__(self, index):
+        start = self.order[index] * self.size
+        tokens = np.append(self.data[start:start + self.size + 1].astype(np.int64), -100)  # -100 不计损失
+        return {"input_ids": tokens[:self.size], "labels": tokens[1:self.size + 1]}
 
 pack(s)
 
@@ -418,6 +398,7 @@ pack(s)
 # （把梯度正交化，T4 上用 fp16 算），其余由 AdamW。
 # %%
 class GPT2(transformers.GPT2LMHeadModel):
+    _keys_to_ignore_on_save = ["lm_head.weight"]  # 与词向量共用
     def forward(self, input_ids=None, labels=None, **kwargs):
         if labels is None:
             return super().forward(input_ids=input_ids, **kwargs)
@@ -425,23 +406,24 @@ class GPT2(transformers.GPT2LMHeadModel):
         return {"loss": F.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
 
 def build_model(s):
-    transformers.AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+    attention = transformers.AttentionInterface()
+    attention.register("sdpa_causal", attention["sdpa"])
     torch.manual_seed(s.seed)
     model = GPT2(transformers.GPT2Config(
         n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, vocab_size=s.vocab_size,
         n_positions=s.block_size, bos_token_id=BOS, eos_token_id=EOS,
-        pad_token_id=None,  # 有 pad 的话，每次前向都要让 GPU 停下来查一遍
-        activation_function="gelu_pytorch_tanh",  # 就是 gelu_new，融合成一个核，少存三份中间结果
+        pad_token_id=None,  # 有的话，每次前向 GPU 都要停下来查
+        activation_function="gelu_pytorch_tanh",
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,  # 文字只读一两遍，不用 dropout
         attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
     return model
 
-def orthogonalize(matrix, steps=5):
+def orthogonalize(matrix):
     x = matrix.float() / (matrix.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.half() if x.is_cuda else x  # 每个数都不超过 1，fp16 不会溢出；CPU 上 fp16 反而慢
+    x = x.half() if x.is_cuda else x  # 都不超过 1
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
@@ -451,30 +433,26 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"] if group["split"] else []:
-                self.matrix_step(p, group)
+            for p in group["params"] if group["split"] else []:  # (输入, 输出)；c_attn 是并排的 q、k、v，(C, 3C)
+                state, lr = self.state[p], group["lr"]
+                if not state:  # AdamW 读检查点时，要每个参数都有 step
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+                state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
+                update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
+                parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
+                scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的，步子放大 √4 倍
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(torch.cat(parts.unbind(), dim=1), alpha=lr * scale)
                 p.grad = None  # 没有梯度的，AdamW 不动
         super().step(closure)
 
-    def matrix_step(self, p, group):
-        state = self.state[p]
-        if not state:  # AdamW 读检查点时，要每个参数都有 step
-            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
-        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
-        parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
-        scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的矩阵，步子按 √4 放大
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
-
-def parameter_groups(model, learning_rate, muon_learning_rate):
+def parameter_groups(model, adamw_lr, muon_lr):
     groups = {}
     for name, p in model.named_parameters():
         split = (3 if "c_attn" in name else 1) if p.ndim == 2 and ".h." in name else 0
-        group = {"split": split, "lr": muon_learning_rate if split else learning_rate,
-                 "weight_decay": WEIGHT_DECAY if p.ndim == 2 else 0.0}
-        groups.setdefault(str(group), group | {"params": []})["params"].append(p)
-    return list(groups.values())
+        groups.setdefault((split, WEIGHT_DECAY if p.ndim == 2 else 0.0), []).append(p)
+    return [{"params": params, "split": split, "weight_decay": decay,
+             "lr": muon_lr if split else adamw_lr} for (split, decay), params in groups.items()]
 
 def learning_rate_scale(step, total_steps):
     warmup_steps = round(WARMUP * total_steps)
@@ -482,13 +460,13 @@ def learning_rate_scale(step, total_steps):
 
 @torch.no_grad()
 def held_out_loss(model, s):
-    data = torch.from_numpy(np.fromfile(s.work_dir / "packed" / "eval.bin", dtype=np.uint16).astype(np.int64))
+    data = np.fromfile(s.work_dir / "packed" / "eval.bin", np.uint16).astype(np.int64)
     sums = {"": np.zeros(3)}
     for name, source in s.eval_sources.items():
-        tokens = data[source["start"]:source["end"]]
+        tokens = torch.from_numpy(data[source["start"]:source["end"]])
         padding, nats, size = -len(tokens) % s.block_size, 0.0, min(s.batch_size, 16)
         inputs = F.pad(tokens[:-1], (1, padding), value=EOS).view(-1, s.block_size)
-        labels = F.pad(tokens, (0, padding), value=-100).view(-1, s.block_size)  # -100 不计损失
+        labels = F.pad(tokens, (0, padding), value=-100).view(-1, s.block_size)
         for x, y in zip(inputs.split(size), labels.split(size), strict=True):
             nats += float(model(x.to(model.device), y.to(model.device))["loss"]) * int((y != -100).sum())
         sums[f"{name}_"] = np.array([nats, len(tokens), source["characters"]])
@@ -497,34 +475,27 @@ def held_out_loss(model, s):
             for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / chars))}
 
 def generate_samples(model, tokenizer, s):
-    samples = {}
+    samples = {}  # 温度 0.8 让分数高的更占优；top-p 只在概率最大、合计 95% 的 token 里抽
     torch.manual_seed(s.seed)
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True,
-                                max_new_tokens=min(64, s.block_size - ids.size(1)), **SAMPLING)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        length = min(64, s.block_size - ids.size(1))
+        output = model.generate(ids, max_new_tokens=length, use_cache=True, **SAMPLING)
         samples[prompt] = tokenizer.decode(output[0], skip_special_tokens=True)
     return samples
 
-def write_jsonl(path, rows, mode="w"):
-    with open(os.devnull if RANK else path, mode, encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-def write_log(work_dir, history, mode="w"):
-    rows = [row for row in history if "loss" in row or "eval_bits_per_char" in row]
-    rows = [{"step": row["step"]} | {name: value for name, value in row.items()  # JSON 里没有无穷
-                                     if name != "epoch" and math.isfinite(value)} for row in rows]
-    write_jsonl(work_dir / "train_log.jsonl", rows, mode)
-
-def write_samples(work_dir, history):
-    names, table = ("step", "prompt", "text", "eval_loss"), "| 步 | 验证损失 | 续写 |\n|---:|---:|---|\n"
-    rows = [{name: row[name] for name in names} for row in history if "prompt" in row]
-    write_jsonl(work_dir / "samples.jsonl", rows)
-    for step, prompt, text, loss in map(dict.values, rows):
-        rest = " ⏎ ".join(text.removeprefix(prompt).replace("|", "\\|").splitlines())
-        table += f"| {step} | {loss:.3f} | **{prompt}**{rest} |\n"
-    if RANK == 0:
-        (work_dir / "generation_samples.md").write_text(table, encoding="utf-8")
+def write_history(folder, history):
+    log = [{"step": row["step"]} | {k: v for k, v in row.items() if k != "epoch" and math.isfinite(v)}
+           for row in history if "loss" in row or "eval_bits_per_char" in row]
+    samples = [row for row in history if "prompt" in row]
+    for name, rows in ("train_log", log), ("samples", samples):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    table = "| 步 | 验证损失 | 续写 |\n|---:|---:|---|\n"
+    for row in samples:
+        text = " ⏎ ".join(row["text"].replace("|", "\\|").splitlines())
+        table += f"| {row['step']} | {row['eval_loss']:.3f} | {text} |\n"
+    (folder / "generation_samples.md").write_text(table, encoding="utf-8")
 
 # %% [markdown]
 # ## 9. 训练
@@ -536,44 +507,44 @@ class GPT2Trainer(transformers.Trainer):
     def create_optimizer(self, model=None):
         s = self.settings
         groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
-        self.optimizer = Muon(groups, lr=s.learning_rate, betas=BETAS, fused=s.precision != "fp16")
+        fused = s.precision != "fp16"  # 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半可不会跳
+        self.optimizer = Muon(groups, betas=BETAS, fused=fused)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: learning_rate_scale(step, num_training_steps))
+            self.optimizer, lambda step: learning_rate_scale(step, num_training_steps))
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
         s, step, history = self.settings, self.state.global_step, self.state.log_history
         metrics = held_out_loss(self.model.eval(), s)
         loss, bits = metrics["eval_loss"], metrics["eval_bits_per_char"]
+        for prompt, text in generate_samples(self.model, self.tokenizer, s).items():
+            history.append({"eval_loss": loss, "prompt": prompt, "step": step, "text": text})
         self.log(dict(metrics))
-        samples = generate_samples(self.model, self.tokenizer, s)
-        for prompt, text in samples.items():
-            history.append({"step": step, "prompt": prompt, "text": text, "eval_loss": loss})
-        print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {samples[PROMPTS[0]][:60]!r}")
-        write_samples(s.work_dir, history)
-        self.clock = time.perf_counter(), step  # 验证的时间不算进训练速度
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {text[:60]!r}")
+        self.clock = time.perf_counter(), step  # 验证不算进速度
+        self.control.should_evaluate = False
         return metrics
 
     def log(self, logs, start_time=None):
         s, step, history = self.settings, self.state.global_step, self.state.log_history
         if "loss" in logs:
             if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
-                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}：发散了，之前的检查点完好。"
-                     f"把 learning_rate {s.learning_rate:g} 减半，不用旧的输出")
+                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}，发散了（检查点完好）："
+                     f"减半 learning_rate {s.learning_rate:g}，不用旧的输出")
             seconds, steps = time.perf_counter() - self.clock[0], step - self.clock[1]
             self.clock, speed = (time.perf_counter(), step), steps * s.tokens_per_step / seconds
             elapsed = seconds + max([row.get("elapsed_seconds", 0) for row in history], default=0)
             logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(elapsed, 2),
-                     "mfu": round(speed * s.flops_per_token / 130e12, 4)}  # 占两张 T4 峰值 130 TFLOP/s 的多少
+                     "mfu": round(speed * s.flops_per_token / 130e12, 4)}  # 两张 T4 的峰值 130 TFLOP/s
+            left = (s.total_steps - step) / steps * seconds / 60
             print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | "
-                  f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | "
-                  f"剩余 {(s.total_steps - step) / steps * seconds / 60:.1f} 分钟")
+                  f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | 剩余 {left:.1f} 分钟")
         super().log(logs, start_time)
-        write_log(s.work_dir, history[-1:], "a")
+        if RANK == 0:
+            write_history(s.work_dir, history)
 
 def room():  # WORKING 里还能写多少字节
     used = sum(path.stat().st_size for path in WORKING.rglob("*") if path.is_file()) if KAGGLE.is_dir() else 0
@@ -584,10 +555,6 @@ class StopRequest(transformers.TrainerCallback):
 
     def __init__(self, s):
         self.deadline, self.needed = s.deadline, 24 * s.parameters  # 两个检查点，每个参数至多 12 字节
-        self.work_dir = s.work_dir
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        write_log(self.work_dir, state.log_history)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.logging_steps == 0:
@@ -598,19 +565,19 @@ class StopRequest(transformers.TrainerCallback):
 def build_trainer(s, checkpoint):
     model, packed = build_model(s), s.work_dir / "packed"
     arguments = transformers.TrainingArguments(
-        output_dir=str(s.work_dir / "checkpoints"), max_steps=s.total_steps, seed=s.seed,
+        output_dir=s.work_dir / "checkpoints", max_steps=s.total_steps,
         per_device_train_batch_size=s.batch_size,
         gradient_accumulation_steps=s.effective_batch_size // (s.batch_size * WORLD_SIZE),
-        learning_rate=s.learning_rate, weight_decay=WEIGHT_DECAY, adam_beta2=BETAS[1], max_grad_norm=1.0,
+        learning_rate=s.learning_rate, weight_decay=WEIGHT_DECAY, adam_beta2=BETAS[1],
         optim="adamw_torch", bf16=s.precision == "bf16", fp16=s.precision == "fp16",
         use_cpu=s.device == "cpu", dataloader_pin_memory=s.device == "cuda",
-        train_sampling_strategy="sequential", remove_unused_columns=False, ddp_find_unused_parameters=False,
+        train_sampling_strategy="sequential", ddp_find_unused_parameters=False,
         logging_steps=s.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
         report_to="none", eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
-        save_strategy="steps", save_steps=s.eval_steps, save_total_limit=2, disable_tqdm=True)
+        save_steps=s.eval_steps, save_total_limit=2, disable_tqdm=True)
     blocks = BlockStream(packed / "train.bin", s.block_size, s.total_steps * s.effective_batch_size, s.seed)
     trainer = GPT2Trainer(model, arguments, train_dataset=blocks, eval_dataset=packed / "eval.bin",
-                          data_collator=lambda batch: batch, callbacks=[StopRequest(s)])
+                          callbacks=[StopRequest(s)])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对
     trainer.settings, trainer.clock = s, (time.perf_counter(), step_of(checkpoint))
@@ -618,13 +585,13 @@ def build_trainer(s, checkpoint):
     return trainer
 
 def save_final_model(work_dir, model, tokenizer):
-    model.__class__ = transformers.GPT2LMHeadModel  # 换回原版的类：别人不需要这个脚本就能加载
+    model.__class__ = transformers.GPT2LMHeadModel  # 加载时不用本脚本
     model.config.use_cache, model.config.pad_token_id = True, PAD
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=min(100, model.config.n_positions // 2), bos_token_id=BOS, **SAMPLING)
     model.save_pretrained(work_dir / "final_model")
     tokenizer.save_pretrained(work_dir / "final_model")
-    print(f"完成。模型在 {work_dir / 'final_model'}，续写在 {work_dir / 'generation_samples.md'}")
+    print(f"完成。模型在 {work_dir / 'final_model'}")
 
 def train_worker():
     sys.stderr = sys.stdout  # 出错的话也由 notebook 转印

@@ -36,7 +36,6 @@ LABELS = {
                epoch="end of an epoch", band="reference: same settings", title="Training a Chinese GPT-2"),
 }
 
-
 # ==== 1. 读日志 ====
 
 def read_run(path):
@@ -58,7 +57,6 @@ def read_run(path):
     factor = next((bits / loss for _, loss, bits in held_out if bits and loss), None)
     return {"folder": log.resolve().parent, "train": train, "eval": held_out, "factor": factor}
 
-
 def find_reference(config, steps):
     """REFERENCE 里设置相同、语料相同（差 1 % 以内）的一条；steps 是日志的各步。"""
     known = config | {"logging_steps": steps[2] - steps[1]}       # 几步平均一次，起伏就不同
@@ -67,13 +65,11 @@ def find_reference(config, steps):
         if same and all(abs(known[key] / value - 1) < 0.01 for key, value in curve["corpus"].items()):
             return curve
 
-
 def smooth(losses):
     """以每点为中心取平均，不会落在后面。窗口在两头变窄；开头降得快，至多平均到步数的四分之一以外。"""
     i, total = np.arange(len(losses)), np.cumsum([0, *losses])
     half = np.minimum(np.minimum(i // 4, i[::-1]), max(1, len(losses) // 40))
     return (total[i + half + 1] - total[i - half]) / (2 * half + 1)
-
 
 # ==== 2. 画图 ====
 
@@ -88,7 +84,6 @@ def use_chinese_font():
         rcParams["font.sans-serif"] = [name, *rcParams["font.sans-serif"]]
         rcParams["axes.unicode_minus"] = False        # 有的中文字体没有 U+2212 这个减号
     return "zh" if name else "en"
-
 
 def draw_references(axes, run, labels):
     """两把尺子、每一遍的边界、同样设置的几次训练。config.json 里缺什么，就少画什么。"""
@@ -106,7 +101,6 @@ def draw_references(axes, run, labels):
         x = np.divide(curve["tokens"], config["effective_batch_size"] * config["block_size"])
         low, high = np.array(curve["loss"]) + [[-1], [1]] * np.array(curve["spread"])       # 约 95 % 的日志在其中
         axes.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0, label=labels["band"])
-
 
 def draw(runs, language):
     """一张图。几次训练的分词器不同时，token 长短不同，nat / token 不能比：纵轴改用每字比特。"""
@@ -136,7 +130,6 @@ def draw(runs, language):
     axes.legend(loc="upper center", frameon=False, ncols=2 if len(runs) == 1 else 1)
     return axes.figure
 
-
 def main():
     parser = argparse.ArgumentParser(description="第 4 步：画损失曲线", allow_abbrev=False)
     folder = Path("/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese")
@@ -159,11 +152,10 @@ def main():
         temporary.unlink(missing_ok=True)
     print(f"写好 {args.output}")
 
-
 # ==== 3. 防错（初学可以跳过）====
 
 def run(main):
-    """运行 main()。磁盘满、没有权限、别人正在写，只说一行；没有料到的错误照样给出 traceback。"""
+    """运行 main()。磁盘满、没有权限、别人正在写，只说一行。"""
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
@@ -171,10 +163,8 @@ def run(main):
     try:
         main()
     except OSError as error:
-        busy, full = isinstance(error, filelock.Timeout), error.errno == 28
-        reason = "另一个进程正在写这里" if busy else "磁盘写满了" if full else "读写文件失败"
-        sys.exit(f"错误：{reason}（{error}）；{'清出空间' if full else '等它结束，或检查路径和权限'}，再跑同一条命令")
-
+        what = "另一个进程正在写" if isinstance(error, filelock.Timeout) else "读写失败"
+        sys.exit(f"错误：{what}（{error}）；等它结束，或清出空间、检查权限，再跑同一条命令")
 
 if __name__ == "__main__":
     run(main)

@@ -39,7 +39,6 @@ SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # 编号 0–3：补齐、不认识
 SPACE = "\u2581"  # 词块里把空格写作 ▁
 MAX_LINES, COVERAGE = 200_000, 0.9999  # 用多少行；常见的字各有词块，占到全文 99.99 % 为止
 
-
 # ==== 2. 读语料 ====
 
 def read_lines(corpus_dir, split):
@@ -52,7 +51,6 @@ def read_lines(corpus_dir, split):
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).partition("\n")[0]
             sys.exit(f"错误：{path} 已损坏（{reason}）；删掉 {corpus_dir} 后重跑 prepare_corpus.py")
-
 
 # ==== 3. 训练：SentencePiece 的 Unigram（Kudo 2018）====
 # 每个词块有一个概率；一种切法的概率是各块的乘积，取最大的切法。演示的词表里（对数概率）：
@@ -71,7 +69,6 @@ def limit_characters(lines, vocab_size):
         return lines, COVERAGE
     rare = re.compile("[" + "".join(map(re.escape, characters.keys() - common.keys())) + "]+")
     return [piece for line in lines for piece in rare.split(line) if piece], covered
-
 
 def train_sentencepiece(lines, vocab_size):
     """返回模型文件的内容。规范化（normalization）全部关掉（identity），才能一字不差。
@@ -92,7 +89,6 @@ def train_sentencepiece(lines, vocab_size):
         sys.exit(f"错误：语料太小，凑不出 {vocab_size:,} 个词块（最多 {most}）；减小 --vocab_size，或多加些语料")
     return model.getvalue()
 
-
 # ==== 4. 转成 Hugging Face 的快速分词器：同样的词块和概率 ====
 
 def convert(model):
@@ -109,7 +105,6 @@ def convert(model):
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         clean_up_tokenization_spaces=False, split_special_tokens=True)
 
-
 # ==== 5. 自检：难句和没见过的文字都要一字不差，否则什么也不写 ====
 
 HARD_LINES = [
@@ -118,7 +113,6 @@ HARD_LINES = [
     "          ", "</s> <s> <unk> <pad> <0x41> <0xE4>", "<0x0A></s></s><", "<|endoftext|>", "한국어 日本語 العربية",
     "\x00\x07\u200b\ufeff\u3000\u2028", "e\u0301 与 é", "https://example.com/?q=语言模型&n=1",
 ]
-
 
 def self_check(model, hf, corpus_dir):
     sp, hard = spm.SentencePieceProcessor(model_proto=model), len(HARD_LINES)
@@ -138,7 +132,6 @@ def self_check(model, hf, corpus_dir):
           "个字符，字节 token {byte_token_rate:.2%}，两种实现编号一致 {ids_agree_rate:.3%} 的行".format(**report))
     print("\n".join("  例：" + "｜".join(example) for example in report["examples"]))
     return report
-
 
 # ==== 6. 主程序 ====
 
@@ -178,11 +171,9 @@ def main():
         (staging / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
     print(f"写好 {args.output_dir}")
 
-
 # ==== 7. 防错与落盘（初学可以跳过；三个脚本里一字不差，由 tests/test_consistency.py 看守）====
 
-def read_report(folder, name="report.json"):
-    """读一个做好的文件夹的说明；还没有、缺文件或文件大小不对，都返回 {}。"""
+def read_report(folder, name="report.json"):  # 没做完、缺文件或大小不对，是 {}
     try:
         report = json.loads((folder / name).read_text(encoding="utf-8"))
         sizes = {file: (folder / file).stat().st_size for file in report["files"]}
@@ -190,30 +181,27 @@ def read_report(folder, name="report.json"):
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
-
 @contextmanager
-def new_folder(final, marker="report.json"):
-    """在旁边的暂存文件夹里写，写完才改名为 final：中途出错或被杀，原来的 final 原样还在。"""
-    if final.exists() and not (final / marker).exists() and (final.is_file() or any(final.iterdir())):
+def new_folder(final):
+    """在旁边写，写完才改名为 final：中途出错或被杀，原来的 final 还在。"""
+    if final.exists() and not (final / "report.json").exists() and (final.is_file() or any(final.iterdir())):
         sys.exit(f"错误：{final} 已存在，但不是本脚本写的，不覆盖；换一个文件夹")
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+    staging = final.with_name(f".{final.name}.tmp")
     with filelock.FileLock(final.with_name(f".{final.name}.lock"), timeout=0):
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
             yield staging
             if final.exists():
-                final.rename(old)
+                final.rename(staging / "old")
             staging.rename(final)
+            shutil.rmtree(final / "old", ignore_errors=True)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
 
 def run(main):
-    """运行 main()。磁盘满、没有权限、别人正在写，只说一行；没有料到的错误照样给出 traceback。"""
+    """运行 main()。磁盘满、没有权限、别人正在写，只说一行。"""
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
@@ -221,10 +209,8 @@ def run(main):
     try:
         main()
     except OSError as error:
-        busy, full = isinstance(error, filelock.Timeout), error.errno == 28
-        reason = "另一个进程正在写这里" if busy else "磁盘写满了" if full else "读写文件失败"
-        sys.exit(f"错误：{reason}（{error}）；{'清出空间' if full else '等它结束，或检查路径和权限'}，再跑同一条命令")
-
+        what = "另一个进程正在写" if isinstance(error, filelock.Timeout) else "读写失败"
+        sys.exit(f"错误：{what}（{error}）；等它结束，或清出空间、检查权限，再跑同一条命令")
 
 if __name__ == "__main__":
     run(main)

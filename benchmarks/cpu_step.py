@@ -94,7 +94,8 @@ class HandLoop:
     def run(self, steps):
         for _ in range(steps):
             first = self.step * self.batch_size
-            batch = self.dataset.__getitems__(range(first, first + self.batch_size))
+            rows = [self.dataset[i] for i in range(first, first + self.batch_size)]
+            batch = torch.utils.data.default_collate(rows)
             result = self.model(**batch)
             loss = result["loss"] if isinstance(result, dict) else result
             loss.backward()

@@ -166,7 +166,7 @@ def one_step(model, optimizer, data, trial, step, autocast, pause):
     for start in range(step * size, (step + 1) * size, micro):
         while pause and pause.exists():          # 别人在量时间
             time.sleep(1)
-        batch = data.__getitems__(list(range(start, start + micro)))
+        batch = torch.utils.data.default_collate([data[i] for i in range(start, start + micro)])
         with autocast():
             loss = model(**batch)["loss"] * (micro / size)
         loss.backward()

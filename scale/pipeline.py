@@ -198,7 +198,7 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
 def check_settings(output_dir, files, args):
     """同一个输出文件夹只做一种设置：datatrove 只看任务号，换了语料或参数也会把旧任务当成做完了。"""
     stats = [[name, path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for name, path in files]
-    key = prepare_corpus.fingerprint(prepare_corpus.FORMAT, stats, args.tasks)
+    key = json.dumps([prepare_corpus.FORMAT, stats, args.tasks])
     path = output_dir / "settings.json"
     if path.exists() and path.read_text("utf-8") != key:
         sys.exit(f"错误：{output_dir} 是用别的语料或设置（包括 --tasks）做的；换一个 --output_dir，或删掉它")

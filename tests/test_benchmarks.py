@@ -21,7 +21,7 @@ import processes
 import reference_curves
 
 SHAPE = dict(vocab_size=300, n_layer=2, n_embd=32, n_head=2, block_size=16)
-CONSTANTS = ("WARMUP", "WEIGHT_DECAY", "BETAS", "learning_rate_scale", "build_model", "write_samples",
+CONSTANTS = ("WARMUP", "WEIGHT_DECAY", "BETAS", "learning_rate_scale", "build_model", "generate_samples",
              "save_final_model")
 
 
