@@ -7,7 +7,7 @@
     python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
     torchrun --nproc_per_node=2 a100_train.py    # 两张卡
 演示在 2 核 Intel Xeon 上 110 秒，每字比特 5.72（2026-11-24）；显卡上未测。
-中断了，同一条命令再跑就接着训练，结果不变。第 8 节只管防错，初学可以不看。
+中断了，同一条命令再跑，从最近的检查点（每 500 步）接着，结果不变。第 8 节初学可以不看。
 """
 
 import argparse
