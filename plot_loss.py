@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 REFERENCE = Path(__file__).parent / "results" / "reference_curves.json"
 FONTS = (r"Noto ?Sans ?(CJK|SC)|Han ?Sans|PingFang|Hiragino Sans GB|Heiti|YaHei|msyh|SimHei|WenQuanYi|wqy|"
-         r"Droid ?Sans ?Fallback|Arial Unicode MS")              # 常见中文字体的名字或文件名
+         r"Droid ?Sans ?Fallback|Arial Unicode MS")  # 常见中文字体的名字或文件名
 LABELS = {
     "zh": dict(step="步", loss="损失（nat / token）", bits="每字比特（bits per character）", train="训练损失",
                eval="验证损失", uniform="均匀瞎猜 ln V", unigram="只看词频", epoch="一遍语料结束",
@@ -45,10 +45,10 @@ def read_run(path):
         sys.exit(f"错误：找不到日志 {log}；给训练目录，或里面的 train_log.jsonl")
     train, held_out = [], []
     try:
-        for line in log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:      # 末行可能写到一半
+        for line in log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # 末行可能写到一半
             row = json.loads(line or "{}")
             loss, bits = row.get("loss", row.get("eval_loss", math.nan)), row.get("eval_bits_per_char")
-            if math.isfinite(row.get("step", 0) + loss + (bits or 0)):     # 发散的训练会记下 NaN，画不出来
+            if math.isfinite(row.get("step", 0) + loss + (bits or 0)):  # 发散的训练会记下 NaN，画不出来
                 (train if "loss" in row else held_out).append((row["step"], loss, bits))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         sys.exit(f"错误：{log} 不是训练日志，或已损坏；给训练目录，或里面的 train_log.jsonl")
@@ -59,7 +59,7 @@ def read_run(path):
 
 def find_reference(config, steps):
     """REFERENCE 里设置相同、语料相同（差 1 % 以内）的一条；steps 是日志的各步。"""
-    known = config | {"logging_steps": steps[2] - steps[1]}       # 几步平均一次，起伏就不同
+    known = config | {"logging_steps": steps[2] - steps[1]}  # 几步平均一次，起伏就不同
     for curve in json.loads(REFERENCE.read_text(encoding="utf-8")):
         same = all(known.get(key) == value for key, value in curve["settings"].items())
         if same and all(abs(known[key] / value - 1) < 0.01 for key, value in curve["corpus"].items()):
@@ -76,13 +76,13 @@ def smooth(losses):
 def use_chinese_font():
     """有中文字体就用上，返回 "zh"；一个也没有就返回 "en"，用英文标注，不会出现方框。"""
     fonts = font_manager.fontManager
-    if not any(re.search(FONTS, font.name) for font in fonts.ttflist):       # 后装的不在 matplotlib 的缓存里
+    if not any(re.search(FONTS, font.name) for font in fonts.ttflist):  # 后装的不在 matplotlib 的缓存里
         for path in filter(re.compile(FONTS, re.I).search, font_manager.findSystemFonts()):
             fonts.addfont(path)
     name = next((font.name for font in fonts.ttflist if re.search(FONTS, font.name)), None)
     if name:
         rcParams["font.sans-serif"] = [name, *rcParams["font.sans-serif"]]
-        rcParams["axes.unicode_minus"] = False        # 有的中文字体没有 U+2212 这个减号
+        rcParams["axes.unicode_minus"] = False  # 有的中文字体没有 U+2212 这个减号
     return "zh" if name else "en"
 
 def draw_references(axes, run, labels):
@@ -99,7 +99,7 @@ def draw_references(axes, run, labels):
             axes.axvline(i * per_epoch, color="gray", ls="--", lw=0.8, label=labels["epoch"] * (i == 1))
         curve = find_reference(config, steps)
         x = np.divide(curve["tokens"], config["effective_batch_size"] * config["block_size"])
-        low, high = np.array(curve["loss"]) + [[-1], [1]] * np.array(curve["spread"])       # 约 95 % 的日志在其中
+        low, high = np.array(curve["loss"]) + [[-1], [1]] * np.array(curve["spread"])  # 约 95 % 的日志在其中
         axes.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0, label=labels["band"])
 
 def draw(runs, language):
@@ -125,7 +125,7 @@ def draw(runs, language):
     if factors[0] and not by_bits:
         axes.secondary_yaxis("right", functions=(lambda y: y * factors[0], lambda y: y / factors[0])
                              ).set_ylabel(labels["bits"])
-    axes.margins(x=0.02, y=0.12)         # 上面留出图例的位置
+    axes.margins(x=0.02, y=0.12)  # 上面留出图例的位置
     axes.grid(alpha=0.2)
     axes.legend(loc="upper center", frameon=False, ncols=2 if len(runs) == 1 else 1)
     return axes.figure
@@ -144,10 +144,10 @@ def main():
         sys.exit("错误：没有找到中文字体；装一个（如 apt-get install fonts-wqy-microhei），或用 --language en")
     figure = draw([read_run(path) for path in args.runs], "en" if args.language == "en" else language)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")      # 两个进程同时画，也不相撞
+    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")  # 两个进程同时画，也不相撞
     try:
         figure.savefig(temporary, format="png")
-        temporary.replace(args.output)             # 训练中反复重画：看图的人不会看到半张
+        temporary.replace(args.output)  # 训练中反复重画：看图的人不会看到半张
     finally:
         temporary.unlink(missing_ok=True)
     print(f"写好 {args.output}")

@@ -29,7 +29,6 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import charset_normalizer
 import filelock
 import numpy as np
 import pandas as pd
@@ -42,9 +41,8 @@ DATASETS = {  # Hub 和 ModelScope 上的名字，已知的行数
     "zhihu": ("wangrui6/Zhihu-KOL", "OmniData/Zhihu-KOL", 1_006_218)}
 SCHEMA = pa.schema({"text": pa.string(), "source": pa.string()})
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
-BATCH, TXT_PIECE = 500, 4000  # 一次读写几篇；长的 .txt（一部小说）切成约这么多字的篇
 SHORTEST, LETTERS, EVAL_MAXIMUM = 4, 0.3, 10_000  # 少于 4 个字，或文字不到三成，不要；一个来源至多留几篇验证
-EXAMPLES, SEED, FORMAT = 5, 42, 6  # 例子几个；打乱的种子；规则改了就加 1，旧语料会重做
+BATCH, TXT_PIECE, EXAMPLES, SEED, FORMAT = 500, 4000, 5, 42, 6  # FORMAT：规则改了就加 1，旧语料会重做
 
 # ==== 1. 文本从哪里来 ====
 def find_files(path):
@@ -79,6 +77,8 @@ def download(name, source):
             endpoint = os.environ.get("HF_ENDPOINT", "https://hf-mirror.com") if place == "mirror" else None
             return snapshot_download(hub, repo_type="dataset", token=False, endpoint=endpoint, **wanted)
         except Exception as error:  # 两家客户端的异常没有共同的祖先
+            if getattr(error, "errno", 0) == 28:
+                raise
             print(f"从 {place} 下载没有成功：{type(error).__name__} {' '.join(str(error).split())[:120]}")
     sys.exit(f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后，"
              f"用 --source modelscope；下载 modelscope.cn/datasets/{modelscope}，用 --corpus {name}=文件")
@@ -100,25 +100,26 @@ def documents(sources, args):
 
 # ==== 2. 读文件 ====
 def find_encoding(head):
-    utf8 = head.decode("utf-8", "replace")[:-1]  # 坏了几个字节的也算 UTF-8：读到那里再报错
+    texts = {codec: head.decode(codec, "replace")[:-1].replace("\0", "\ufffd")  # 末尾可能是半个字
+             for codec in ("utf-8-sig", "utf-16-le", "gb18030", "utf-16-be")}
+    utf8 = texts.pop("utf-8-sig")  # 坏了几个字节的也算：读到那里再报错
     if utf8.count("\ufffd") * 10 <= len(utf8) - len(utf8.encode("ascii", "ignore")):
         return "utf-8-sig"
-    codecs = ["gb18030", "utf_16", "utf_16_le", "utf_16_be"]
-    for cut in range(4):  # 末尾可能是半个字
-        if guess := charset_normalizer.from_bytes(head[:len(head) - cut], cp_isolation=codecs).best():
-            return guess.encoding
-    raise ValueError("认不出编码，不像 UTF-8、UTF-16 或 GB18030 的中文；先转成 UTF-8")
+    common = {codec: len(text.encode("gb2312", "ignore").decode("gb2312")) / max(1, len(text))
+              for codec, text in texts.items()}
+    best = max(common, key=common.get)  # 解出来的常用字（GB2312 里有的）最多的
+    if common[best] < 0.4:  # 对的是 0.99；Big5 当成 GB18030 是 0.3
+        raise ValueError("认不出编码，不像 UTF-8、UTF-16 或 GB18030 的中文；先转成 UTF-8")
+    return "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else best
 
-def read_json(text):
-    """.json：一个数组，一个对象，或其实一行一个对象。"""
+def read_json(text):  # .json：一个数组，一个对象，或其实一行一个对象
     try:
         value = json.loads(text)
         return value if isinstance(value, list) else [value]
     except (ValueError, RecursionError):
         return (json.loads(line) if line.strip() else None for line in text.split("\n"))
 
-def read_rows(path):
-    """逐行给出一个文件的内容：字典，或文字；空行是 None。"""
+def read_rows(path):  # 逐行给出一个文件的内容：字典，或文字；空行是 None
     kind = path.suffix if path.suffix in KINDS else Path(path.stem).suffix
     if kind == ".parquet":
         for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(BATCH):
@@ -173,7 +174,7 @@ RULES = [(step, re.compile(pattern), replacement) for step, pattern, replacement
     ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
     ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
     ("html", TAG, ""),
-    ("html", r"&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
+    ("html", r"(?a)&#?\w{1,31};", lambda match: html.unescape(match[0]).replace("\xa0", " ")),
     ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
     ("invisible", "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
      "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]", ""),
@@ -202,8 +203,7 @@ def clean(text):
         counts[reason], examples[reason], text = 1, text[:60], ""
     return text, counts, examples
 
-def hash64(text):
-    """文本的 64 位哈希。1.26 M 篇里有两篇不同却相撞的概率约 4e-8（n² / 2⁶⁵）。"""
+def hash64(text):  # 1.26 M 篇里有两篇不同却相撞的概率约 4e-8（n² / 2⁶⁵）
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 def clean_all(documents, path):
@@ -244,7 +244,6 @@ def split(table):
 
 # ==== 5. 主程序 ====
 def build(rows, folder):
-    """写好 folder；打印每一步的计数和例子，返回报告。"""
     counts, examples = clean_all(rows, folder / "cleaned.arrow")
     mapped = pa.ipc.open_file(pa.memory_map(str(folder / "cleaned.arrow"))).read_all()  # 不占内存
     batches, table = mapped.to_batches(), mapped.drop_columns(["text"]).to_pandas()
@@ -311,18 +310,19 @@ def new_folder(final):
     if final.exists() and not (final / "report.json").exists() and (final.is_file() or any(final.iterdir())):
         sys.exit(f"错误：{final} 已存在，但不是本脚本写的，不覆盖；换一个文件夹")
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{final.name}.tmp")
+    staging, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     with filelock.FileLock(final.with_name(f".{final.name}.lock"), timeout=0):
-        shutil.rmtree(staging, ignore_errors=True)
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()
         try:
             yield staging
             if final.exists():
-                final.rename(staging / "old")
+                final.rename(old)
             staging.rename(final)
-            shutil.rmtree(final / "old", ignore_errors=True)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 def run(main):
     """运行 main()。磁盘满、没有权限、别人正在写，只说一行。"""

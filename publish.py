@@ -105,9 +105,9 @@ def settings_table(config, log):
 def corpus_table(work_dir):
     """各来源的篇数、字数。"""
     sources = read(work_dir / "corpus" / "report.json").get("sources", {})
-    keys = ("train_documents", "train_characters", "eval_documents")
+    keys = ("train_documents", "characters", "eval_documents")
     rows = [(name, *(f"{counts[key]:,}" for key in keys)) for name, counts in sources.items()]
-    return table(("来源", "训练篇数", "训练字数", "验证篇数"), rows)
+    return table(("来源", "训练篇数", "字数", "验证篇数"), rows)
 
 
 def held_out_table(log):

@@ -81,9 +81,9 @@ def train_sentencepiece(lines, vocab_size):
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
             character_coverage=COVERAGE, byte_fallback=True, normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False,      # 不在开头加空格，不合并空格
+            add_dummy_prefix=False, remove_extra_whitespaces=False,  # 不在开头加空格，不合并空格
             required_chars=SPACE, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", minloglevel=2,
-            seed_sentencepiece_size=10 * vocab_size, max_sentence_length=4001, num_threads=2)    # 结果不随核数变
+            seed_sentencepiece_size=10 * vocab_size, max_sentence_length=4001, num_threads=2)  # 结果不随核数变
     except RuntimeError as error:
         most = re.search(r"set it to a value <= (\d+)|\Z", str(error))[1]
         sys.exit(f"错误：语料太小，凑不出 {vocab_size:,} 个词块（最多 {most}）；减小 --vocab_size，或多加些语料")
@@ -145,12 +145,12 @@ def main():
     parser.add_argument("--rebuild", action=argparse.BooleanOptionalAction, help="旧的过时就重做（默认）")
     args = parser.parse_args()
     vocab_size = VOCAB_SIZE[args.preset] if args.vocab_size is None else args.vocab_size
-    if not 300 <= vocab_size <= 65_536:          # 特殊的和字节占 260，至少留 40 给字；编号要装得进 uint16
+    if not 300 <= vocab_size <= 65_536:  # 特殊的和字节占 260，至少留 40 给字；编号要装得进 uint16
         sys.exit(f"错误：--vocab_size 要在 300 到 65,536 之间，得到 {vocab_size}")
     corpus_hash = read_report(args.corpus_dir).get("corpus_hash")
     if not corpus_hash:
         sys.exit(f"错误：找不到完整的语料 {args.corpus_dir}；请先运行 python prepare_corpus.py")
-    key = f"{corpus_hash} {vocab_size} {COVERAGE} {MAX_LINES}"        # 没变就不重做
+    key = f"{corpus_hash} {vocab_size} {COVERAGE} {MAX_LINES}"  # 没变就不重做
     if read_report(args.output_dir).get("key") == key:
         return print(f"语料和设置没有变，沿用 {args.output_dir}")
     if args.output_dir.exists() and args.rebuild is False:
@@ -171,7 +171,7 @@ def main():
         (staging / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
     print(f"写好 {args.output_dir}")
 
-# ==== 7. 防错与落盘（初学可以跳过；三个脚本里一字不差，由 tests/test_consistency.py 看守）====
+# ==== 7. 防错与落盘（初学可以跳过；几个脚本里一字不差）====
 
 def read_report(folder, name="report.json"):  # 没做完、缺文件或大小不对，是 {}
     try:
@@ -187,18 +187,19 @@ def new_folder(final):
     if final.exists() and not (final / "report.json").exists() and (final.is_file() or any(final.iterdir())):
         sys.exit(f"错误：{final} 已存在，但不是本脚本写的，不覆盖；换一个文件夹")
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{final.name}.tmp")
+    staging, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     with filelock.FileLock(final.with_name(f".{final.name}.lock"), timeout=0):
-        shutil.rmtree(staging, ignore_errors=True)
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()
         try:
             yield staging
             if final.exists():
-                final.rename(staging / "old")
+                final.rename(old)
             staging.rename(final)
-            shutil.rmtree(final / "old", ignore_errors=True)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 def run(main):
     """运行 main()。磁盘满、没有权限、别人正在写，只说一行。"""

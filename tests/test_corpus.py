@@ -102,6 +102,26 @@ def test_encoding_of_large_files(tmp_path, encoding, shift):
     assert "".join(read_texts(write_packed(tmp_path / "a.txt", text.encode(encoding)))) == text
 
 
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("size", [12, 200, 1000, 8000])
+def test_encoding_of_real_pieces(real_texts, encoding, size):
+    """真实文本里随便截一段，对话、全角、短的也在内：编码都认得对。"""
+    text = "\n".join(real_texts["news"][:1500]) + "“走。”\n“你呢？”\n“我不走。”\n" * 300 + "㊣★☆本书由某网整理☆★\n" * 9
+    for start in range(0, len(text) - size, len(text) // 60):
+        piece = text[start:start + size]
+        if piece.isascii():
+            continue
+        data = piece.encode(encoding)
+        assert data.decode(prepare_corpus.find_encoding(data)).lstrip("\ufeff") == piece, piece[:60]
+
+
+def test_one_bad_byte_does_not_change_the_encoding(tmp_path, real_texts):
+    """GBK 的文件坏了一个字节：还是 GB18030，报错说在哪里。"""
+    data = "\n".join(real_texts["news"][:300]).encode("gb18030")
+    path = write_packed(tmp_path / "a.txt", data[:5000] + b"\xff" + data[5000:])
+    assert "gb18030" in error_of(prepare_corpus, "--corpus", path, "--output_dir", tmp_path / "out")
+
+
 @pytest.mark.parametrize(("row", "column", "expected"), [
     ({"text": "甲", "completion": "乙"}, None, "甲"),
     ({"completion": "乙", "source": "x"}, None, "乙"),

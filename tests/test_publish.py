@@ -1,5 +1,6 @@
 """publish.py：对着本机上一个会出错的小 Hub（fake_hub.py）；模型卡里的数与记录一致。"""
 
+import json
 import os
 import re
 import subprocess
@@ -68,7 +69,7 @@ def test_all_three(hub, work):
     dataset = hub.repo("me/all", "dataset")
     assert set(dataset["files"]) == {"train-00000.parquet", "eval-00000.parquet", "README.md"}
     card = publish.collect("dataset", work, "me/all")["README.md"].decode()
-    assert "| news | 95 | 9,000 | 5 |" in card and "许可" in card
+    assert "| news | 95 | 9,500 | 5 |" in card and "许可" in card
     space = hub.repo("me/all", "space")
     assert space["sdk"] == "gradio" and space["variables"] == {"MODEL_ID": "me/all"}
     assert set(space["files"]) == {"app.py", "requirements.txt", "README.md"}
@@ -139,7 +140,7 @@ def test_card_holds_the_figures(work):
     card = publish.model_card(work, "me/demo")
     assert "（演示）" in card and "| 参数 | 49,000 |" in card and "| torch 的版本 | 2.13.0 |" in card
     assert "| 训练用时 | 0.03 小时 |" in card                               # 200 步 × 0.5 秒
-    assert "| news | 95 | 9,000 | 5 |" in card and "平均每个词块 1.29 字" in card
+    assert "| news | 95 | 9,500 | 5 |" in card and "平均每个词块 1.29 字" in card
     assert "| 第 200 步 |" in card and "| 全部 | 2.500 | 2.800 |" in card and "| news | 2.400 | 2.700 |" in card
     assert "    中国的历史，第 200 步写的 <b>一段</b>| 话。" in card and "第 0 步写的" not in card
 
@@ -157,3 +158,13 @@ def test_card_snippet_runs(work, tmp_path, capsys):
     block = re.search(r"```python\n(.*?)```", publish.model_card(work, str(work / "final_model")), re.S)[1]
     exec(compile(block, "card", "exec"), {})
     assert capsys.readouterr().out.startswith("中国的历史")
+
+
+def test_tables_of_a_real_run(finished):
+    """真的训练出来的 report.json、config.json 里，表格要的都在。"""
+    config = json.loads((finished / "config.json").read_text("utf-8"))
+    assert publish.FIELDS.keys() <= config.keys() and config["device_name"]
+    sources = json.loads((finished / "corpus/report.json").read_text("utf-8"))["sources"]
+    table = publish.corpus_table(finished)
+    assert len(sources) == 2 and all(
+        f"{count[key]:,}" in table for count in sources.values() for key in ("train_documents", "characters"))

@@ -94,7 +94,7 @@ def write_logs(folder):
         {"step": step, "prompt": "中国的历史", "text": f"中国的历史，第 {step} 步写的 <b>一段</b>| 话。", "eval_loss": 5.0}
         for step in (0, 200)])
     source = {"rows": 120, "documents": 100, "train_documents": 95, "eval_documents": 5,
-              "train_characters": 9000, "eval_characters": 500}
+              "characters": 9500}
     write_json(folder / "corpus" / "report.json", {
         "key": "k", "corpus_hash": "h", "sources": {"news": source},
         "files": {"train-00000.parquet": 8, "eval-00000.parquet": 8}})
