@@ -191,7 +191,7 @@ def pack(s):
     if read_report(packed, "meta.json").get("key") == s.key:
         return print(f"数据没有变，沿用 {packed}")
     packed.mkdir(exist_ok=True)
-    (packed / "meta.json").unlink(missing_ok=True)  # 最后才写：没有它，别的不算数
+    (packed / "meta.json").unlink(missing_ok=True)  # 最后才写：没有它不算数
     sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
     with open(packed / "train.bin", "wb") as file:
         for path in sorted(corpus.glob("train-*.parquet")):
@@ -201,7 +201,8 @@ def pack(s):
     held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet")), partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
-            start, _ = file.tell() // 2, file.write(encode(sp, texts.tolist()))
+            start = file.tell() // 2
+            file.write(encode(sp, texts.tolist()))
             sources[name] = {"start": start, "end": file.tell() // 2, "characters": sum(map(len, texts))}
     share = counts[counts > 0] / counts.sum()
     write_json(packed / "meta.json", {

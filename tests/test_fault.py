@@ -158,11 +158,10 @@ def test_signal_during_the_vote_is_not_lost(monkeypatch, tmp_path):
                                                          work_dir=tmp_path, parameters=1))
         monkeypatch.setattr(a100_train.accelerate.utils, "gather_object",
                             lambda votes: (stop.request(signal.SIGTERM, None), votes)[1])
-        state, argument = transformers.TrainerState(global_step=3), argparse.Namespace(
-            logging_steps=1, output_dir=tmp_path)
+        state = transformers.TrainerState(global_step=3)
         for expected in (False, True):
             control = transformers.TrainerControl()
-            stop.on_step_end(argument, state, control)
+            stop.on_step_end(None, state, control)
             assert control.should_training_stop is control.should_save is expected
         assert stop.reason == signal.SIGTERM
     finally:

@@ -412,6 +412,7 @@ def test_disk_full_while_saving(small_disk, work, finished, no_plot, monkeypatch
     fill(disk, leave)
     before = digest(disk / "run/checkpoints/checkpoint-4")
     argv = ["--work_dir", disk / "run", *TINY]
+    assert "磁盘不够" in error_of(a100_train, *argv), "开始之前就看得出来"
     usage, answers = shutil.disk_usage, [argparse.Namespace(free=1 << 40)]     # 假装开始时看着够
     monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage(path))
     assert "磁盘不够" in guarded(monkeypatch, capsys, *argv)

@@ -6,8 +6,8 @@
 
 模板里以 #@ 开头的行换成别处的原文：
     #@ a100_train: encode pack                 这些名字的函数、类、常量，一字不差
-    #@ a100_train: build_trainer - swanlab     同上，去掉提到 swanlab 的语句，几个词用逗号分开
-    #@ a100_train!: write_log                  同上，去掉说明（docstring）和单独成行的注释：讲解留在原处
+    #@ a100_train: save_final_model - plot     同上，去掉提到 plot 的语句，几个词用逗号分开
+    #@ a100_train!: write_history              同上，去掉说明（docstring）和单独成行的注释：讲解留在原处
     #@ a100_train: pack ~ 旧 => 新             同上，换掉一处文字（必须恰有一处；可以再接 ~ 旧 => 新）
     #@ requirements: datasets                  requirements.txt 里这些包的版本范围，一个 Python 列表
 """
