@@ -54,13 +54,13 @@ PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, 
 def examine_devices(preset):
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
-        gpu, triton = torch.cuda.get_device_properties(index), find_spec("triton")
+        gpu, compiler = torch.cuda.get_device_properties(index), find_spec("triton") and shutil.which("g++")
         ampere = gpu.major >= 8         # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
-        yield (OK if triton and gpu.major >= 7 else NOTE), (
+        yield (OK if compiler and gpu.major >= 7 else NOTE), (
             f"显卡 {index}：{gpu.name}，{gpu.total_memory / 2**30:.0f} GB，计算能力 {gpu.major}.{gpu.minor}"
             f"{'' if gpu.major >= 7 else '（太旧，新的 torch 不支持，换一张）'}；{'bf16' if ampere else '没有 bf16，用 fp16'}；"
             f"torch 自带{' FlashAttention' if ampere else '省显存的注意力'}，不必装 flash-attn；"
-            f"torch.compile {'可用' if triton else '用不了：pip install triton，或加 --no-compile'}")
+            f"torch.compile {'可用' if compiler else '不会用：缺 triton 或 g++'}")
     if count > 1:
         yield NOTE, f"{count} 张显卡都用上：torchrun --standalone --nproc_per_node={count} a100_train.py"
     if not count:
