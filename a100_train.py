@@ -48,7 +48,7 @@ SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, p
 def int_or_auto(text):
     return text if text == "auto" else int(text)
 
-HOME = Path("/root/autodl-tmp" if Path("/root/autodl-tmp").is_dir() else "") / "gpt2-chinese"
+HOME = Path("/root/autodl-tmp" if os.path.isdir("/root/autodl-tmp") else "") / "gpt2-chinese"
 SWITCH = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上，不写是自动
 # 名字、类型、说明、完整训练的默认值、演示的默认值（不写就相同）
 SETTINGS = [

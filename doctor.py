@@ -274,7 +274,7 @@ def print_memory_table():
 
 def main():
     parser = argparse.ArgumentParser(description="训练前的体检", allow_abbrev=False)
-    folder = Path("/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese")
+    folder = Path("/root/autodl-tmp/gpt2-chinese" if os.path.isdir("/root/autodl-tmp") else "gpt2-chinese")
     parser.add_argument("--preset", choices=list(PRESETS), default="full", help="full 完整训练，demo 演示")
     parser.add_argument("--work_dir", type=Path, default=folder, help="准备放训练输出的文件夹")
     parser.add_argument("--price_per_hour", type=float, default=0.0, help="显卡每小时多少元，用来估算花费")

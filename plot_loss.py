@@ -132,7 +132,7 @@ def draw(runs, language):
 
 def main():
     parser = argparse.ArgumentParser(description="第 4 步：画损失曲线", allow_abbrev=False)
-    folder = Path("/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese")
+    folder = Path("/root/autodl-tmp/gpt2-chinese" if os.path.isdir("/root/autodl-tmp") else "gpt2-chinese")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", default=[folder], help="训练目录或日志")
     parser.add_argument("--output", type=Path, default=Path("loss_curve.png"), help="图片写到哪里")
     parser.add_argument("--language", choices=["auto", "zh", "en"], default="auto", help="标注的语言")

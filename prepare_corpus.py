@@ -269,7 +269,7 @@ def build(rows, folder):
 
 def main():
     parser = argparse.ArgumentParser(description="第 1 步：整理语料", allow_abbrev=False)
-    home = Path("/root/autodl-tmp" if Path("/root/autodl-tmp").is_dir() else "") / "gpt2-chinese"
+    home = Path("/root/autodl-tmp" if os.path.isdir("/root/autodl-tmp") else "") / "gpt2-chinese"
     add = parser.add_argument
     add("--corpus", nargs="+", action="extend", help="wiki zhihu demo 或 [名字=]路径（默认 wiki zhihu）")
     add("--source", choices=["auto", "hub", "mirror", "modelscope"], default="auto", help="wiki、zhihu 从哪里下载")

@@ -9,6 +9,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError
 
-WORK_DIR = "/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese"
+WORK_DIR = "/root/autodl-tmp/gpt2-chinese" if os.path.isdir("/root/autodl-tmp") else "gpt2-chinese"
 WAITS = (2, 10, 30)          # 忙（429、5xx）或断线：等这么多秒再来，都不行才停
 FIELDS = {"parameters": "参数", "n_layer": "层数", "n_embd": "维数", "n_head": "注意力的头数", "vocab_size": "词表",
           "block_size": "上下文（词块）", "effective_batch_size": "每步的块数", "total_steps": "步数", "optim": "优化器",

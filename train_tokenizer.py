@@ -13,6 +13,7 @@
 import argparse
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -137,7 +138,7 @@ def self_check(model, hf, corpus_dir):
 
 def main():
     parser = argparse.ArgumentParser(description="第 2 步：训练分词器", allow_abbrev=False)
-    folder = Path("/root/autodl-tmp/gpt2-chinese" if Path("/root/autodl-tmp").is_dir() else "gpt2-chinese")
+    folder = Path("/root/autodl-tmp/gpt2-chinese" if os.path.isdir("/root/autodl-tmp") else "gpt2-chinese")
     parser.add_argument("--corpus_dir", type=Path, default=folder / "corpus", help="第 1 步的输出")
     parser.add_argument("--output_dir", type=Path, default=folder / "tokenizer", help="写到哪里")
     parser.add_argument("--preset", choices=list(VOCAB_SIZE), default="full", help="没写 --vocab_size 时")
