@@ -41,11 +41,22 @@ SIZES = {
 MASK, FORWARD, GELU = "attention=padding_mask", "forward=transformers", "config.activation_function="
 LAYERNORM, WORKERS = "layernorm=liger", "args.dataloader_num_workers="
 # 公开参考（WilsonWang01/gpt2-chinese-pretrain 的 a100_train.py）与默认不同的地方；CPU 上没有的略去
-REFERENCE = {"--optim": "adamw_bnb_8bit" if CUDA else "adamw_torch", "--learning_rate": "3e-4",
-             **({"--attn": "sdpa"} if CUDA else {})}
-REFERENCE_PATCHES = ["schedule=cosine", "WARMUP=0.17", "BETAS=[0.9,0.999]", FORWARD, MASK, GELU + "gelu_new",
-                     "args.logging_nan_inf_filter=true", WORKERS + str(min(8, os.cpu_count())),
-                     *([LAYERNORM] if CUDA else [])]
+REFERENCE = {
+    "--optim": "adamw_bnb_8bit" if CUDA else "adamw_torch",
+    "--learning_rate": "3e-4",
+    **({"--attn": "sdpa"} if CUDA else {}),
+}
+REFERENCE_PATCHES = [
+    "schedule=cosine",
+    "WARMUP=0.17",
+    "BETAS=[0.9,0.999]",
+    FORWARD,
+    MASK,
+    GELU + "gelu_new",
+    "args.logging_nan_inf_filter=true",
+    WORKERS + str(min(8, os.cpu_count())),
+    *([LAYERNORM] if CUDA else []),
+]
 
 
 def changes(base, size):
@@ -79,7 +90,13 @@ def changes(base, size):
     for micro in SIZES[size]["micro"]:
         yield f"微批量 {micro}", {"--batch_size": str(micro)}, [], [], False
     if size == "full":
-        yield "微批量 128（有效批量 128）", {"--batch_size": "128", "--effective_batch_size": "128"}, [], [], "cuda"
+        yield (
+            "微批量 128（有效批量 128）",
+            {"--batch_size": "128", "--effective_batch_size": "128"},
+            [],
+            [],
+            "cuda",
+        )
     for workers in (0, 2, 8):
         yield f"读数据进程 {workers}", {}, [WORKERS + str(workers)] if workers else [], [WORKERS], False
     if base == "default":
@@ -122,51 +139,69 @@ def measure(base_dir, arguments, patches, steps, window, peak):
     speeds = [row["tokens_per_second"] for row in logs[2:]]  # 第 1 步和头一段在编译和预热
     speed, config = statistics.median(speeds), result["config"]
     usual = logs[1]["step"] * config["tokens_per_step"] / speed
-    return {"tokens_per_second": round(speed, 1), "slowest": min(speeds), "fastest": max(speeds),
-            "windows": len(speeds),
-            "first_window_extra_seconds": round(logs[1]["elapsed_seconds"] - usual, 2),
-            "mfu": round(speed * config["flops_per_token"] / peak, 4),
-            "eval_loss": result["rows"][-1]["eval_loss"], "train_loss": round(logs[-1]["loss"], 4),
-            "parameters": config["parameters"], "chosen": {key: config[key] for key in CHOSEN},
-            "wall_seconds": result["seconds"], **result["report"]}
+    return {
+        "tokens_per_second": round(speed, 1),
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+        "windows": len(speeds),
+        "first_window_extra_seconds": round(logs[1]["elapsed_seconds"] - usual, 2),
+        "mfu": round(speed * config["flops_per_token"] / peak, 4),
+        "eval_loss": result["rows"][-1]["eval_loss"],
+        "train_loss": round(logs[-1]["loss"], 4),
+        "parameters": config["parameters"],
+        "chosen": {key: config[key] for key in CHOSEN},
+        "wall_seconds": result["seconds"],
+        **result["report"],
+    }
 
 
 def table(rows, base):
     """一个出发点的 Markdown 表。"""
     mine = {key.split("/", 1)[1]: row for key, row in rows.items() if key.startswith(f"{base}/")}
-    lines = ["| 改的一处 | token/s（最慢–最快） | 比不改 | 峰值内存 GB | MFU | 首段多花 秒 | 验证损失 |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| 改的一处 | token/s（最慢–最快） | 比不改 | 峰值内存 GB | MFU | 首段多花 秒 | 验证损失 |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for name, row in mine.items():
         if "error" in row:
             verdict = "失败" if row.get("failed") else "未测"
             lines.append(f"| {name} | {verdict} | | | | | {row['error'].replace('|', '/')} |")
             continue
         ratio = f"{row['tokens_per_second'] / row['unchanged']:.2f}×"
-        lines.append(f"| {name} | {row['tokens_per_second']:,.0f}"
-                     f"（{row['slowest']:,.0f}–{row['fastest']:,.0f}） | {ratio} | "
-                     f"{row['peak_memory_bytes'] / 2**30:.2f} | {row['mfu']:.1%} | "
-                     f"{row['first_window_extra_seconds']:.1f} | {row['eval_loss']:.4f} |")
+        lines.append(
+            f"| {name} | {row['tokens_per_second']:,.0f}"
+            f"（{row['slowest']:,.0f}–{row['fastest']:,.0f}） | {ratio} | "
+            f"{row['peak_memory_bytes'] / 2**30:.2f} | {row['mfu']:.1%} | "
+            f"{row['first_window_extra_seconds']:.1f} | {row['eval_loss']:.4f} |"
+        )
     return lines
 
 
 def write_results(path, document):
     write_atomic(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
     rows = document["rows"]
-    lines = [f"# 加速开关的消融：{document['device']}", "",
-             f"命令：`{document['command']}`。日期 {document['date']}。",
-             f"机器：{document['machine']}；{document['versions']}。模型 {document['size']}，每行训练 "
-             f"{document['steps']} 步，每段 {document['window']} 步。"
-             f"a100_train.py 的 SHA-256 以 {document['script']} 开头。",
-             f"峰值：{document['peak_source']}，{document['peak_flops'] / 1e12:.2f} TFLOP/s；"
-             "MFU = token/s × (6N + 12·L·d·T) ÷ 峰值。", ""]
+    lines = [
+        f"# 加速开关的消融：{document['device']}",
+        "",
+        f"命令：`{document['command']}`。日期 {document['date']}。",
+        f"机器：{document['machine']}；{document['versions']}。模型 {document['size']}，每行训练 "
+        f"{document['steps']} 步，每段 {document['window']} 步。"
+        f"a100_train.py 的 SHA-256 以 {document['script']} 开头。",
+        f"峰值：{document['peak_source']}，{document['peak_flops'] / 1e12:.2f} TFLOP/s；"
+        "MFU = token/s × (6N + 12·L·d·T) ÷ 峰值。",
+        "",
+    ]
     if not CUDA:
         lines += ["没有显卡：这张表只证明消融程序能用，数字属于这颗 CPU；显卡上的行全部**未测**。", ""]
     for base, title in (("default", "从默认设置出发"), ("reference", "从公开参考的设置出发")):
         if any(key.startswith(base) for key in rows):
             lines += [f"## {title}", ""]
             if base == "reference":
-                lines += [f"参数 `{' '.join(settings(base, document['size'], ('', {}, [], [], 0))[0])}`，补丁 "
-                          f"`{' '.join(REFERENCE_PATCHES)}`。", ""]
+                lines += [
+                    f"参数 `{' '.join(settings(base, document['size'], ('', {}, [], [], 0))[0])}`，补丁 "
+                    f"`{' '.join(REFERENCE_PATCHES)}`。",
+                    "",
+                ]
             lines += [*table(rows, base), ""]
     write_atomic(path.with_suffix(".md"), "\n".join(lines))
 
@@ -191,9 +226,17 @@ def measure_unchanged(document, base, base_dir):
         sys.exit(f"错误：什么也不改就跑不起来：{row['error']}")
     speeds = [*document["rows"].get(f"{base}/{UNCHANGED}", {}).get("repeats", []), row["tokens_per_second"]]
     middle = statistics.median(speeds)
-    row |= {"tokens_per_second": middle, "slowest": min(speeds), "fastest": max(speeds), "repeats": speeds,
-            "mfu": round(row["mfu"] * middle / speeds[-1], 4), "unchanged": middle,
-            "arguments": " ".join(arguments), "patches": patches, "date": time.strftime("%Y-%m-%d")}
+    row |= {
+        "tokens_per_second": middle,
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+        "repeats": speeds,
+        "mfu": round(row["mfu"] * middle / speeds[-1], 4),
+        "unchanged": middle,
+        "arguments": " ".join(arguments),
+        "patches": patches,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     rest = {key: value for key, value in document["rows"].items() if key != f"{base}/{UNCHANGED}"}
     document["rows"] = {f"{base}/{UNCHANGED}": row} | rest
     return speeds[-1]
@@ -209,21 +252,32 @@ def run_rows(path, document, base_dir, only, deadline):
             if needs is False or needs == ("cuda" if CUDA else "cpu"):
                 if unchanged is None or since == 8:
                     unchanged, since = measure_unchanged(document, base, base_dir), 0
-                row = measure(base_dir, arguments, patches, document["steps"], document["window"],
-                              document["peak_flops"])
+                row = measure(
+                    base_dir,
+                    arguments,
+                    patches,
+                    document["steps"],
+                    document["window"],
+                    document["peak_flops"],
+                )
                 row["unchanged"], since = unchanged, since + 1
             else:
                 row = {"error": "只在 CPU 上有意义" if CUDA else "没有 CUDA 显卡"}
-            document["rows"][key] = {"arguments": " ".join(arguments), "patches": patches,
-                                     "date": time.strftime("%Y-%m-%d"), **row}
+            document["rows"][key] = {
+                "arguments": " ".join(arguments),
+                "patches": patches,
+                "date": time.strftime("%Y-%m-%d"),
+                **row,
+            }
             write_results(path, document)
             print(key, row.get("tokens_per_second", "未测：" + row.get("error", "")), flush=True)
     return True
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="full" if CUDA else "tiny", help="模型大小")
     parser.add_argument("--steps", type=int, help="每行训练多少步")
     parser.add_argument("--window", type=int, help="每段多少步")
@@ -246,10 +300,15 @@ def main():
     if "peak_flops" not in document:
         peak, source = measured_peak()
         document |= {"peak_flops": peak, "peak_source": source}
-    document |= shape | provenance() | {"device": device, "threads": torch.get_num_threads(),
-                                        "command": "python benchmarks/ablation.py"}
-    prepare(args.base.resolve(), [*(["--corpus", *args.corpus] if args.corpus else []),
-                                  "--preset", size["flags"]["--preset"]])
+    document |= (
+        shape
+        | provenance()
+        | {"device": device, "threads": torch.get_num_threads(), "command": "python benchmarks/ablation.py"}
+    )
+    prepare(
+        args.base.resolve(),
+        [*(["--corpus", *args.corpus] if args.corpus else []), "--preset", size["flags"]["--preset"]],
+    )
     finished = run_rows(path, document, args.base.resolve(), args.only, deadline)
     print("量完了" if finished else "到时间了；同一条命令再跑一次就接着来")
 

@@ -27,9 +27,12 @@ def cpu_name():
 def provenance():
     """每个结果都带上的：机器、版本、日期。"""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "无显卡"
-    return {"machine": f"{cpu_name()}，{os.cpu_count()} 核，{gpu}", "date": str(date.today()),
-            "versions": f"python {platform.python_version()}，torch {torch.__version__}，"
-                        f"transformers {transformers.__version__}"}
+    return {
+        "machine": f"{cpu_name()}，{os.cpu_count()} 核，{gpu}",
+        "date": str(date.today()),
+        "versions": f"python {platform.python_version()}，torch {torch.__version__}，"
+        f"transformers {transformers.__version__}",
+    }
 
 
 def write_atomic(path, text):
@@ -47,8 +50,14 @@ def read_lines(path):
 def prepare(base, arguments):
     """语料、分词器、打包只做一次，放在 base；每次训练都用它。"""
     if not (base / "packed" / "meta.json").exists():
-        command = [sys.executable, str(ROOT / "a100_train.py"), *arguments, "--prepare_only",
-                   "--work_dir", str(base)]
+        command = [
+            sys.executable,
+            str(ROOT / "a100_train.py"),
+            *arguments,
+            "--prepare_only",
+            "--work_dir",
+            str(base),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -62,20 +71,33 @@ def link_data(base, work_dir):
 def train(work_dir, arguments, patches=(), timeout=None):
     """以子进程训练一次。返回 {"error"（成功是 None）, "rows"（日志）, "config", "report", "seconds"}。"""
     report = work_dir / "report.json"
-    command = [sys.executable, str(LAUNCHER), *(part for patch in patches for part in ("--patch", patch)),
-               "--report", str(report), "--", *map(str, arguments), "--work_dir", str(work_dir)]
+    command = [
+        sys.executable,
+        str(LAUNCHER),
+        *(part for patch in patches for part in ("--patch", patch)),
+        "--report",
+        str(report),
+        "--",
+        *map(str, arguments),
+        "--work_dir",
+        str(work_dir),
+    ]
     start, error = time.time(), None
     try:
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                                 encoding="utf-8")
+        process = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, encoding="utf-8"
+        )
         smaller = re.search("显存不够.*", process.stdout)  # 微批量减半后接着训练的，不是要量的那一个
         if process.returncode or smaller:
             lines = process.stderr.strip().splitlines() or ["没有输出"]
             error = lines[-1][:200] if process.returncode else f"错误：{smaller[0]}"
     except subprocess.TimeoutExpired:
         error = f"超过 {timeout:.0f} 秒没有跑完"
-    result = {"error": error, "seconds": round(time.time() - start, 1),
-              "rows": read_lines(work_dir / "train_log.jsonl")}
+    result = {
+        "error": error,
+        "seconds": round(time.time() - start, 1),
+        "rows": read_lines(work_dir / "train_log.jsonl"),
+    }
     for key, path in (("config", work_dir / "config.json"), ("report", report)):
         result[key] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return result

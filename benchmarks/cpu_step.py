@@ -32,6 +32,7 @@ import a100_train
 
 # ==== 1. 普通的 GPT-2 ====
 
+
 class Linear(torch.nn.Module):
     """权重按 (输入, 输出) 存，与 transformers 的 GPT-2 一样，所以初始权重和 Muon 的分组可以直接用。"""
 
@@ -55,7 +56,7 @@ class Block(torch.nn.Module):
     def forward(self, x):
         batch, length, width = x.shape
         qkv = self.attn["c_attn"](self.ln_1(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))                  # (B, 头, T, 头的维数)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, 头, T, 头的维数)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(batch, length, width))
         return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
@@ -66,10 +67,14 @@ class PlainGPT2(torch.nn.Module):
 
     def __init__(self, vocab_size, n_layer, n_embd, n_head, block_size):
         super().__init__()
-        self.transformer = torch.nn.ModuleDict({
-            "wte": torch.nn.Embedding(vocab_size, n_embd), "wpe": torch.nn.Embedding(block_size, n_embd),
-            "h": torch.nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer)),
-            "ln_f": torch.nn.LayerNorm(n_embd)})
+        self.transformer = torch.nn.ModuleDict(
+            {
+                "wte": torch.nn.Embedding(vocab_size, n_embd),
+                "wpe": torch.nn.Embedding(block_size, n_embd),
+                "h": torch.nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer)),
+                "ln_f": torch.nn.LayerNorm(n_embd),
+            }
+        )
 
     def forward(self, input_ids, labels):
         parts = self.transformer
@@ -82,13 +87,15 @@ class PlainGPT2(torch.nn.Module):
 
 # ==== 2. 三个选手 ====
 
+
 class HandLoop:
     """手写的训练循环；学习率曲线与 a100_train.py 相同。"""
 
     def __init__(self, model, optimizer, steps, dataset, batch_size):
         self.model, self.optimizer, self.dataset, self.batch_size = model, optimizer, dataset, batch_size
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: a100_train.learning_rate_scale(step, steps))
+            optimizer, lambda step: a100_train.learning_rate_scale(step, steps)
+        )
         self.step, self.losses = 0, []
 
     def run(self, steps):
@@ -114,8 +121,10 @@ def make_optimizer(model, s):
         return a100_train.Muon(groups, lr=s.learning_rate, betas=a100_train.BETAS, fused=True)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [dict(params=matrices, weight_decay=a100_train.WEIGHT_DECAY),
-              dict(params=others, weight_decay=0.0)]
+    groups = [
+        dict(params=matrices, weight_decay=a100_train.WEIGHT_DECAY),
+        dict(params=others, weight_decay=0.0),
+    ]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=a100_train.BETAS, fused=True)
 
 
@@ -143,8 +152,22 @@ class TakeTurns(transformers.TrainerCallback):
 def build(base, work_dir, optimizer, steps, window):
     """照 a100_train.py 的样子建好 Trainer，但不验证、不存盘；返回 (s, trainer)。"""
     link_data(base, work_dir)
-    sys.argv = ["a100_train.py", "--preset", "demo", "--device", "cpu", "--optim", optimizer, "--max_steps",
-                str(steps), "--logging_steps", str(window), "--no-snapshots", "--work_dir", str(work_dir)]
+    sys.argv = [
+        "a100_train.py",
+        "--preset",
+        "demo",
+        "--device",
+        "cpu",
+        "--optim",
+        optimizer,
+        "--max_steps",
+        str(steps),
+        "--logging_steps",
+        str(window),
+        "--no-snapshots",
+        "--work_dir",
+        str(work_dir),
+    ]
     s = a100_train.read_settings()
     a100_train.choose_speed(s)
     a100_train.derive(s)
@@ -161,47 +184,77 @@ def compare(base, optimizer, windows, window):
         same = a100_train.build_model(s)
         plain = PlainGPT2(s.vocab_size, s.n_layer, s.n_embd, s.n_head, s.block_size)
         plain.load_state_dict({name: p for name, p in same.state_dict().items() if name != "lm_head.weight"})
-        others = {name: HandLoop(model, make_optimizer(model, s), steps, trainer.train_dataset, s.batch_size)
-                  for name, model in (("loop", same), ("plain", plain))}
+        others = {
+            name: HandLoop(model, make_optimizer(model, s), steps, trainer.train_dataset, s.batch_size)
+            for name, model in (("loop", same), ("plain", plain))
+        }
         turns = TakeTurns(window, others)
         trainer.add_callback(turns)
         trainer.train()
         rows = read_lines(s.work_dir / "train_log.jsonl")
     losses = {"trainer": [row["loss"] for row in rows if "loss" in row][-1]}  # 日志每 window 步平均一次
     losses |= {name: statistics.mean(loop.losses[-window:]) for name, loop in others.items()}
-    return {name: {"tokens_per_second": round(window * s.tokens_per_step / statistics.median(seconds), 1),
-                   "seconds": [round(each, 4) for each in seconds], "loss": round(losses[name], 4)}
-            for name, seconds in turns.seconds.items()}
+    return {
+        name: {
+            "tokens_per_second": round(window * s.tokens_per_step / statistics.median(seconds), 1),
+            "seconds": [round(each, 4) for each in seconds],
+            "loss": round(losses[name], 4),
+        }
+        for name, seconds in turns.seconds.items()
+    }
 
 
 # ==== 3. 结果 ====
 
-NAMES = {"trainer": "Trainer（a100_train.py）", "loop": "同一个模型 + 手写循环", "plain": "普通 GPT-2 + 手写循环"}
-GROUPS = {"muon": "Muon", "adamw_torch_fused": "AdamW（fused）", "muon-malloc": "Muon，不留住内存",
-          "adamw_torch_fused-malloc": "AdamW（fused），不留住内存"}
+NAMES = {
+    "trainer": "Trainer（a100_train.py）",
+    "loop": "同一个模型 + 手写循环",
+    "plain": "普通 GPT-2 + 手写循环",
+}
+GROUPS = {
+    "muon": "Muon",
+    "adamw_torch_fused": "AdamW（fused）",
+    "muon-malloc": "Muon，不留住内存",
+    "adamw_torch_fused-malloc": "AdamW（fused），不留住内存",
+}
 
 
 def comparison_lines(groups):
-    lines = ["| 优化器 | 选手 | token/s（中位数） | 比普通循环 | 最后一段的损失 |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| 优化器 | 选手 | token/s（中位数） | 比普通循环 | 最后一段的损失 |",
+        "|---|---|---:|---:|---:|",
+    ]
     for group, runs in groups.items():
         for name, run in runs.items():
             # 比值按同一轮的三段比，再取中位数：机器的快慢变化对三个都一样
             pairs = zip(runs["plain"]["seconds"], run["seconds"], strict=True)
             ratio = statistics.median(plain / mine for plain, mine in pairs)
-            lines.append(f"| {GROUPS[group]} | {NAMES[name]} | {run['tokens_per_second']:,.0f} | "
-                         f"{ratio:.3f} | {run['loss']:.4f} |")
+            lines.append(
+                f"| {GROUPS[group]} | {NAMES[name]} | {run['tokens_per_second']:,.0f} | "
+                f"{ratio:.3f} | {run['loss']:.4f} |"
+            )
     return lines
 
 
 def write_results(folder, document):
     write_atomic(folder / "cpu_step.json", json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    write_atomic(folder / "cpu_step.md", "\n".join([
-        "# 演示的每一步：Trainer 与普通 PyTorch 循环", "",
-        f"命令：`{document['command']}`。日期 {document['date']}。",
-        f"机器：{document['machine']}，{document['threads']} 个线程；{document['versions']}。", "",
-        f"演示的模型和批量（每步 2,048 token），每个选手 {document['windows']} 段，每段 {document['window']} 步，"
-        "轮流跑；预热的一段不算。", "",
-        *comparison_lines(document["groups"]), ""]))
+    write_atomic(
+        folder / "cpu_step.md",
+        "\n".join(
+            [
+                "# 演示的每一步：Trainer 与普通 PyTorch 循环",
+                "",
+                f"命令：`{document['command']}`。日期 {document['date']}。",
+                f"机器：{document['machine']}，{document['threads']} 个线程；{document['versions']}。",
+                "",
+                f"演示的模型和批量（每步 2,048 token），每个选手 {document['windows']} 段，每段 {document['window']} 步，"
+                "轮流跑；预热的一段不算。",
+                "",
+                *comparison_lines(document["groups"]),
+                "",
+            ]
+        ),
+    )
 
 
 def in_new_process(group, output):
@@ -219,8 +272,9 @@ def measure_group(group, base, windows, window):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--windows", type=int, default=15, help="每个选手计时多少段")
     parser.add_argument("--window", type=int, default=10, help="每段多少步")
     parser.add_argument("--base", type=Path, default=Path("cpu-step-work"), help="准备好的数据放在哪里")
@@ -234,11 +288,17 @@ def main():
         return write_atomic(args.output, json.dumps(result, ensure_ascii=False))
     prepare(base, ["--preset", "demo"])
     with tempfile.TemporaryDirectory() as folder:
-        document = {"command": "python benchmarks/cpu_step.py", **provenance(),
-                    "threads": torch.get_num_threads(), "windows": args.windows, "window": args.window,
-                    "groups": {group: in_new_process(group, Path(folder) / "group.json") for group in GROUPS}}
+        document = {
+            "command": "python benchmarks/cpu_step.py",
+            **provenance(),
+            "threads": torch.get_num_threads(),
+            "windows": args.windows,
+            "window": args.window,
+            "groups": {group: in_new_process(group, Path(folder) / "group.json") for group in GROUPS},
+        }
     write_results(args.results, document)
     print("\n".join(comparison_lines(document["groups"])))
+    return None
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ FULL_DOCUMENTS, FULL_BYTES = 254_547 + 1_006_218, 2_400_000_000
 
 # ==== 把文本长大 ====
 
+
 def read_documents(paths):
     documents = []
     for path in paths:
@@ -60,6 +61,7 @@ def grow(documents, path, size, number, seed):
 
 # ==== 量时间、内存、磁盘 ====
 
+
 class Watch(threading.Thread):
     """每 0.1 秒把一个进程和它的子孙的 RSS、写过的字节加起来，记住最大值。"""
 
@@ -85,8 +87,13 @@ class Watch(threading.Thread):
 def timed(command, environment=None):
     """运行一条命令，返回 {seconds, peak_rss_mb, written_mb}；失败就停下。"""
     start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {}))
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
     watch = Watch(process.pid)
     watch.start()
     out, err = process.communicate()
@@ -95,8 +102,11 @@ def timed(command, environment=None):
     watch.join()
     if process.returncode:
         sys.exit(f"失败：{' '.join(map(str, command))}\n{out[-2000:]}\n{err[-2000:]}")
-    return {"seconds": round(seconds, 2), "peak_rss_mb": round(watch.peak / 1e6),
-            "written_mb": round(sum(watch.written.values()) / 1e6)}, out
+    return {
+        "seconds": round(seconds, 2),
+        "peak_rss_mb": round(watch.peak / 1e6),
+        "written_mb": round(sum(watch.written.values()) / 1e6),
+    }, out
 
 
 def folder_mb(folder):
@@ -105,29 +115,45 @@ def folder_mb(folder):
 
 # ==== 两种做法 ====
 
+
 def ours(text, tokenizer, work_dir, processes):
     """prepare_corpus.py，再由 a100_train.py --prepare_only 的打包部分编码。返回两行结果。"""
-    corpus, out = timed([sys.executable, ROOT / "prepare_corpus.py", "--corpus", text, "--output_dir",
-                         work_dir / "corpus"])
+    corpus, out = timed(
+        [sys.executable, ROOT / "prepare_corpus.py", "--corpus", text, "--output_dir", work_dir / "corpus"]
+    )
     report = json.loads((work_dir / "corpus/report.json").read_text("utf-8"))
     shutil.copytree(tokenizer, work_dir / "tokenizer")
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.cpu_count = lambda: {processes}\n"
-            f"import a100_train; from pathlib import Path; from types import SimpleNamespace\n"
-            f"a100_train.pack(SimpleNamespace(work_dir=Path({str(work_dir)!r}), key=['', '']))")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.cpu_count = lambda: {processes}\n"
+        f"import a100_train; from pathlib import Path; from types import SimpleNamespace\n"
+        f"a100_train.pack(SimpleNamespace(work_dir=Path({str(work_dir)!r}), key=['', '']))"
+    )
     pack, _ = timed([sys.executable, "-c", code])
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
     documents = sum(source["documents"] for source in report["sources"].values())
     tokens = meta["train_tokens"]
     eval_tokens = sum(place["end"] - place["start"] for place in meta["eval_sources"].values())
-    return [{"pipeline": "本项目：清洗、去重、切分", "processes": 1, **corpus,
-             "disk_mb": folder_mb(work_dir / "corpus"), "documents": documents},
-            {"pipeline": "本项目：编码、打包", "processes": processes, **pack,
-             "disk_mb": folder_mb(work_dir / "packed"), "tokens": tokens + eval_tokens,
-             "tokens_lost": tokens % BLOCK_SIZE,
-             "bytes_per_token": round((work_dir / "packed/train.bin").stat().st_size / tokens, 3)}]
+    return [
+        {
+            "pipeline": "本项目：清洗、去重、切分",
+            "processes": 1,
+            **corpus,
+            "disk_mb": folder_mb(work_dir / "corpus"),
+            "documents": documents,
+        },
+        {
+            "pipeline": "本项目：编码、打包",
+            "processes": processes,
+            **pack,
+            "disk_mb": folder_mb(work_dir / "packed"),
+            "tokens": tokens + eval_tokens,
+            "tokens_lost": tokens % BLOCK_SIZE,
+            "bytes_per_token": round((work_dir / "packed/train.bin").stat().st_size / tokens, 3),
+        },
+    ]
 
 
-BASELINE = '''
+BASELINE = """
 import sys, datasets
 from itertools import chain
 from transformers import AutoTokenizer
@@ -148,21 +174,31 @@ def group(rows):
 tokens = raw.map(tokenize, batched=True, num_proc=processes, remove_columns=raw.column_names)
 blocks = tokens.map(group, batched=True, num_proc=processes)
 print(len(blocks))
-'''
+"""
 
 
 def baseline(text, tokenizer, work_dir, processes, tokens):
     """run_clm 的做法：load_dataset、map(分词)、map(拼成块)。没有清洗和去重。"""
     cache = work_dir / "cache"
-    result, out = timed([sys.executable, "-c", BASELINE, text, tokenizer, cache, processes, BLOCK_SIZE],
-                        {"HF_HOME": str(work_dir / "hf"), "HF_HUB_OFFLINE": "1",
-                         "TOKENIZERS_PARALLELISM": "false"})
+    result, out = timed(
+        [sys.executable, "-c", BASELINE, text, tokenizer, cache, processes, BLOCK_SIZE],
+        {"HF_HOME": str(work_dir / "hf"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
     kept = int(out.split()[-1]) * BLOCK_SIZE
-    return [{"pipeline": "run_clm 的做法：分词、拼块", "processes": processes, **result, "disk_mb": folder_mb(cache),
-             "tokens": kept, "tokens_lost": tokens - kept}]
+    return [
+        {
+            "pipeline": "run_clm 的做法：分词、拼块",
+            "processes": processes,
+            **result,
+            "disk_mb": folder_mb(cache),
+            "tokens": kept,
+            "tokens_lost": tokens - kept,
+        }
+    ]
 
 
 # ==== 主程序 ====
+
 
 def machine():
     memory = psutil.virtual_memory().total / 2**30
@@ -170,25 +206,46 @@ def machine():
 
 
 def write_results(rows, args, output):
-    versions = {name: importlib.metadata.version(name) for name in
-                ("datasets", "transformers", "sentencepiece", "pyarrow", "numpy")}
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]      # 路径只留文件名
-    result = {"command": "python benchmarks/data_prep.py " + " ".join(words),
-              "date": str(date.today()), "machine": machine(), "versions": versions, "rows": rows}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("datasets", "transformers", "sentencepiece", "pyarrow", "numpy")
+    }
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # 路径只留文件名
+    result = {
+        "command": "python benchmarks/data_prep.py " + " ".join(words),
+        "date": str(date.today()),
+        "machine": machine(),
+        "versions": versions,
+        "rows": rows,
+    }
     output.with_suffix(".json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    lines = ["# 数据准备：速度、内存、磁盘", "", f"`{result['command']}`，{result['date']}，{machine()}；"
-             + "，".join(f"{name} {version}" for name, version in versions.items()) + "。", "",
-             "文本由真实文本的句子重新组合而成。MB 是 UTF-8 文本的字节数 ÷ 10⁶；内存是整个进程树的 RSS 峰值之和"
-             "（含解释器和库；打包进程里 torch 和 transformers 约占一半）；“写盘”是各进程写过的字节（连进程之间传的一起算），“留下”是最后占的磁盘。"
-             "“丢失”是拼块时丢掉的 token。", "",
-             "| 文本 | 做法 | 进程 | 秒 | MB/s | 内存 MB | 写盘 MB | 留下 MB | token | 丢失 |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "# 数据准备：速度、内存、磁盘",
+        "",
+        f"`{result['command']}`，{result['date']}，{machine()}；"
+        + "，".join(f"{name} {version}" for name, version in versions.items())
+        + "。",
+        "",
+        "文本由真实文本的句子重新组合而成。MB 是 UTF-8 文本的字节数 ÷ 10⁶；内存是整个进程树的 RSS 峰值之和"
+        "（含解释器和库；打包进程里 torch 和 transformers 约占一半）；“写盘”是各进程写过的字节（连进程之间传的一起算），“留下”是最后占的磁盘。"
+        "“丢失”是拼块时丢掉的 token。",
+        "",
+        "| 文本 | 做法 | 进程 | 秒 | MB/s | 内存 MB | 写盘 MB | 留下 MB | token | 丢失 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
-        cells = [f"{row['scale']}：{row['text_mb']:,.0f} MB，{row['input_documents']:,} 篇", row["pipeline"],
-                 row["processes"], f"{row['seconds']:.1f}", f"{row['text_mb'] / row['seconds']:.1f}",
-                 f"{row['peak_rss_mb']:,}", f"{row['written_mb']:,}", f"{row['disk_mb']:,}",
-                 f"{row.get('tokens', 0):,}" if "tokens" in row else "", f"{row.get('tokens_lost', 0):,}"
-                 if "tokens" in row else ""]
+        cells = [
+            f"{row['scale']}：{row['text_mb']:,.0f} MB，{row['input_documents']:,} 篇",
+            row["pipeline"],
+            row["processes"],
+            f"{row['seconds']:.1f}",
+            f"{row['text_mb'] / row['seconds']:.1f}",
+            f"{row['peak_rss_mb']:,}",
+            f"{row['written_mb']:,}",
+            f"{row['disk_mb']:,}",
+            f"{row.get('tokens', 0):,}" if "tokens" in row else "",
+            f"{row.get('tokens_lost', 0):,}" if "tokens" in row else "",
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     output.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -199,7 +256,9 @@ def main():
     parser.add_argument("--tokenizer", type=Path, required=True, help="train_tokenizer.py 的输出")
     parser.add_argument("--scales", type=int, nargs="*", default=[1, 4, 16], help="长到几倍")
     parser.add_argument("--full", action="store_true", help="再做一次真实大小（只做本项目，和分词器训练）")
-    parser.add_argument("--folder", type=Path, default=Path("data-prep-bench"), help="临时文件放哪里，完了删掉")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("data-prep-bench"), help="临时文件放哪里，完了删掉"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "results/data_prep", help="结果")
     args = parser.parse_args()
     documents = read_documents(args.text)
@@ -216,16 +275,30 @@ def main():
         for processes in sorted({1, cores}) if scale == "1x" else [cores]:
             found = ours(text, args.tokenizer, args.folder / f"ours{processes}", processes)
             if processes == cores and scale == "真实大小":
-                trained, _ = timed([sys.executable, ROOT / "train_tokenizer.py", "--corpus_dir",
-                                    args.folder / f"ours{processes}/corpus", "--output_dir",
-                                    args.folder / "tokenizer"])
-                found.append({"pipeline": "本项目：训练分词器（32,000 词块）", "processes": processes, **trained,
-                              "disk_mb": folder_mb(args.folder / "tokenizer")})
+                trained, _ = timed(
+                    [
+                        sys.executable,
+                        ROOT / "train_tokenizer.py",
+                        "--corpus_dir",
+                        args.folder / f"ours{processes}/corpus",
+                        "--output_dir",
+                        args.folder / "tokenizer",
+                    ]
+                )
+                found.append(
+                    {
+                        "pipeline": "本项目：训练分词器（32,000 词块）",
+                        "processes": processes,
+                        **trained,
+                        "disk_mb": folder_mb(args.folder / "tokenizer"),
+                    }
+                )
             elif processes == cores:
-                found += baseline(text, args.tokenizer, args.folder / "baseline", processes,
-                                  found[1]["tokens"])
+                found += baseline(
+                    text, args.tokenizer, args.folder / "baseline", processes, found[1]["tokens"]
+                )
             rows += [where | row for row in found]
-            print(*rows[-len(found):], sep="\n", flush=True)
+            print(*rows[-len(found) :], sep="\n", flush=True)
             write_results(rows, args, args.output)
     shutil.rmtree(args.folder, ignore_errors=True)
 

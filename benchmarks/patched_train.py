@@ -44,16 +44,19 @@ def after_build(change):
         model = original(s)
         change(model)
         return model
+
     a100_train.build_model = build_model
 
 
 def schedule_cosine(_):
     """学习率：预热后按余弦降到 0（公开参考就是这样），而不是线性。"""
+
     def cosine(step, total_steps):
         warmup_steps = round(a100_train.WARMUP * total_steps)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         rising = (step + 1) / max(1, warmup_steps)
         return rising if step < warmup_steps else (1 + math.cos(math.pi * progress)) / 2
+
     a100_train.learning_rate_scale = cosine
 
 
@@ -62,9 +65,12 @@ def forward_transformers(_):
     original = transformers.GPT2LMHeadModel.forward
 
     def forward(self, input_ids=None, labels=None, **kwargs):
-        if labels is not None:  # 原版在内部错位，这里的 labels 已经错开了：shift_labels 是它留给这种情况的参数
+        if (
+            labels is not None
+        ):  # 原版在内部错位，这里的 labels 已经错开了：shift_labels 是它留给这种情况的参数
             kwargs |= {"labels": labels, "shift_labels": labels, "use_cache": False}
         return original(self, input_ids, **kwargs)
+
     a100_train.GPT2.forward = forward
     after_build(lambda model: setattr(model, "loss_type", "ForCausalLM"))  # 否则损失小 1/T，还有一条警告
 
@@ -80,6 +86,7 @@ def attention_padding_mask(_):
     def see_masks(model):
         if model.config._attn_implementation == "sdpa_causal":  # 它不看掩码，换回会看的那个
             model.set_attn_implementation("sdpa")
+
     transformers.GPT2Model.forward = forward
     after_build(see_masks)
 
@@ -88,7 +95,8 @@ def vocab_extra(value):
     """词表多出几行用不到的。"""
     original = a100_train.build_model
     a100_train.build_model = lambda s: original(
-        argparse.Namespace(**vars(s) | {"vocab_size": s.vocab_size + int(value)}))
+        argparse.Namespace(**vars(s) | {"vocab_size": s.vocab_size + int(value)})
+    )
 
 
 def layernorm_liger(_):
@@ -99,6 +107,7 @@ def layernorm_liger(_):
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 _patch_layer_norm_module(module)
+
     after_build(change)
 
 
@@ -109,9 +118,14 @@ def extras_off(_):
     a100_train.save_final_model = lambda *_: None
 
 
-PATCHES = {"schedule=cosine": schedule_cosine, "forward=transformers": forward_transformers,
-           "attention=padding_mask": attention_padding_mask, "vocab_extra": vocab_extra,
-           "layernorm=liger": layernorm_liger, "extras=off": extras_off}
+PATCHES = {
+    "schedule=cosine": schedule_cosine,
+    "forward=transformers": forward_transformers,
+    "attention=padding_mask": attention_padding_mask,
+    "vocab_extra": vocab_extra,
+    "layernorm=liger": layernorm_liger,
+    "extras=off": extras_off,
+}
 
 
 def parse_value(text):
@@ -135,27 +149,33 @@ def apply_patches(patches):
         elif patch in PATCHES or key in PATCHES:
             PATCHES.get(patch, PATCHES.get(key))(value)
         else:
-            sys.exit(f"错误：没有补丁 {patch}；可用 大写常数=值、args.名=值、config.名=值、{'、'.join(PATCHES)}")
+            sys.exit(
+                f"错误：没有补丁 {patch}；可用 大写常数=值、args.名=值、config.名=值、{'、'.join(PATCHES)}"
+            )
 
 
 def write_report(path):
     """峰值内存：显卡上是 torch 分配过的最大值；CPU 上是整个进程的峰值常驻内存（RSS，含 Python 和库）。"""
     cuda = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
-    memory = torch.cuda.max_memory_allocated() if cuda else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    )
     report = {"peak_memory_bytes": memory, "memory_kind": "cuda" if cuda else "rss"}
     path.write_text(json.dumps(report), "utf-8")
 
 
 def main():
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--patch", action="append", default=[], metavar="名=值", help="可以重复")
     parser.add_argument("--report", type=Path, help="把峰值内存写到这个文件")
     args = parser.parse_args(sys.argv[1:split])
     apply_patches(args.patch)
-    sys.argv = [str(ROOT / "a100_train.py"), *sys.argv[split + 1:]]
+    sys.argv = [str(ROOT / "a100_train.py"), *sys.argv[split + 1 :]]
     try:
         a100_train.run(a100_train.main)
     finally:

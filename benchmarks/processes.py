@@ -18,21 +18,26 @@ from pathlib import Path
 
 from common import ROOT, provenance, read_lines, write_atomic
 
-TRAINING = ("--device cpu --corpus demo --vocab_size 3000 --n_layer 2 --n_embd 256 --n_head 4 "
-            "--block_size 128 --batch_size 4 --effective_batch_size 8 --max_steps 30 --logging_steps 1 "
-            "--eval_steps 1000 --no-snapshots").split()
+TRAINING = ["--device", "cpu", "--corpus", "demo", "--vocab_size", "3000", "--n_layer", "2", "--n_embd", "256", "--n_head", "4", "--block_size", "128", "--batch_size", "4", "--effective_batch_size", "8", "--max_steps", "30", "--logging_steps", "1", "--eval_steps", "1000", "--no-snapshots"]
 
 
 def tokens_per_second(processes, work_dir):
     """从头训练一次，返回后半段每秒 token 数的中位数。"""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "a100_train.py"), *TRAINING,
-               "--work_dir", str(work_dir), "--fresh"]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        str(ROOT / "a100_train.py"),
+        *TRAINING,
+        "--work_dir",
+        str(work_dir),
+        "--fresh",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     rows = read_lines(work_dir / "train_log.jsonl")
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-    return statistics.median(speeds[len(speeds) // 2:])
+    return statistics.median(speeds[len(speeds) // 2 :])
 
 
 def measure(repetitions):
@@ -42,8 +47,14 @@ def measure(repetitions):
             for processes in (1, 2):
                 load = os.getloadavg()[0]
                 speed = tokens_per_second(processes, Path(folder) / "work")
-                runs.append({"repetition": repetition, "processes": processes, "tokens_per_second": speed,
-                             "load_before": round(load, 2)})
+                runs.append(
+                    {
+                        "repetition": repetition,
+                        "processes": processes,
+                        "tokens_per_second": speed,
+                        "load_before": round(load, 2),
+                    }
+                )
                 print(runs[-1], flush=True)
     return runs
 
@@ -54,19 +65,29 @@ def write_results(folder, runs):
     ratios = [round(speed[i, 2] / speed[i, 1], 3) for i in range(1, repetitions + 1)]
     ratio = statistics.median(ratios)
     command = f"python benchmarks/processes.py {' '.join(sys.argv[1:])}".strip()
-    result = {"command": command, "training": f"a100_train.py {' '.join(TRAINING)}", **provenance(),
-              "runs": runs, "ratios": ratios, "median_ratio": ratio, "efficiency": round(ratio / 2, 3)}
+    result = {
+        "command": command,
+        "training": f"a100_train.py {' '.join(TRAINING)}",
+        **provenance(),
+        "runs": runs,
+        "ratios": ratios,
+        "median_ratio": ratio,
+        "efficiency": round(ratio / 2, 3),
+    }
     write_atomic(folder / "processes.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     loads = {(run["repetition"], run["processes"]): run["load_before"] for run in runs}
-    rows = "\n".join(f"| {i} | {ratios[i - 1]:.2f} | {loads[i, 1]} | {loads[i, 2]} |"
-                     for i in range(1, repetitions + 1))
-    write_atomic(folder / "processes.md", f"""# 1 个进程和 2 个进程的速度之比
+    rows = "\n".join(
+        f"| {i} | {ratios[i - 1]:.2f} | {loads[i, 1]} | {loads[i, 2]} |" for i in range(1, repetitions + 1)
+    )
+    write_atomic(
+        folder / "processes.md",
+        f"""# 1 个进程和 2 个进程的速度之比
 
-日期 {result['date']}。机器：{result['machine']}。{result['versions']}。每个进程一个线程（OMP_NUM_THREADS=1），进程间用 gloo。
+日期 {result["date"]}。机器：{result["machine"]}。{result["versions"]}。每个进程一个线程（OMP_NUM_THREADS=1），进程间用 gloo。
 
     {command}
 
-每次训练：`{result['training']}`，2 个进程时由 `torchrun --nproc_per_node=2` 启动；有效批量相同。
+每次训练：`{result["training"]}`，2 个进程时由 `torchrun --nproc_per_node=2` 启动；有效批量相同。
 
 | 次 | 2 个进程 / 1 个进程（token/秒之比） | 1 个进程开始前的系统负载 | 2 个进程开始前的系统负载 |
 |---:|---:|---:|---:|
@@ -74,12 +95,14 @@ def write_results(folder, runs):
 
 **中位数 {ratio:.2f} 倍，即每个进程的效率 {ratio / 2:.0%}。** 负载是最近一分钟的平均，含前一次训练自己；明显大于 2（核数）
 就是有别的程序在抢，那时只看比值。这不是显卡的数字。
-""")
+""",
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=3, help="各跑几次")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="结果写到哪个文件夹")
     args = parser.parse_args()

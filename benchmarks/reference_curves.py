@@ -18,8 +18,19 @@ import numpy as np
 from common import ROOT, provenance, read_lines, write_atomic
 
 # 与它们都相同才能比损失；种子不在内。语料按大小和词频的熵来认，差 1 % 以内算同一份
-SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "max_steps", "learning_rate",
-            "muon_learning_rate", "optim", "vocab_size", "total_steps")
+SETTINGS = (
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "block_size",
+    "effective_batch_size",
+    "max_steps",
+    "learning_rate",
+    "muon_learning_rate",
+    "optim",
+    "vocab_size",
+    "total_steps",
+)
 CORPUS = ("n_blocks", "unigram_entropy")
 
 
@@ -44,27 +55,42 @@ def build_curve(folders, name):
     smooth = np.concatenate([mean[:1], (mean[:-2] + mean[1:-1] + mean[2:]) / 3, mean[-1:]])
     off = np.abs(losses - smooth)
     # 单点只有几个种子，两倍标准差抖得厉害：取前后五次日志一起算
-    spread = [2 * float(np.sqrt((off[:, max(0, i - 5):i + 6] ** 2).mean())) for i in range(len(smooth))]
+    spread = [2 * float(np.sqrt((off[:, max(0, i - 5) : i + 6] ** 2).mean())) for i in range(len(smooth))]
     per_step = config["effective_batch_size"] * config["block_size"]
-    speed = statistics.median(row["tokens_per_second"] for row in first[len(first) // 5:])
-    return {"settings": settings, "corpus": {key: round(config[key], 4) for key in CORPUS},
-            "name": name, "seeds": [other["seed"] for other, _, _ in runs], **provenance(),
-            "tokens": [row["step"] * per_step for row in first], "loss": [round(float(x), 3) for x in smooth],
-            "spread": [round(x, 3) for x in spread],
-            "tokens_per_second": {config["device_name"]: round(speed, 1)}}
+    speed = statistics.median(row["tokens_per_second"] for row in first[len(first) // 5 :])
+    return {
+        "settings": settings,
+        "corpus": {key: round(config[key], 4) for key in CORPUS},
+        "name": name,
+        "seeds": [other["seed"] for other, _, _ in runs],
+        **provenance(),
+        "tokens": [row["step"] * per_step for row in first],
+        "loss": [round(float(x), 3) for x in smooth],
+        "spread": [round(x, 3) for x in spread],
+        "tokens_per_second": {config["device_name"]: round(speed, 1)},
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", type=Path, nargs="+", help="训练的工作目录，第一个的速度作数")
     parser.add_argument("--name", required=True, help="这条曲线叫什么，如 demo")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "reference_curves.json")
     args = parser.parse_args()
     curve = build_curve(args.folders, args.name)
     for config, rows, _ in map(read_run, args.folders):
-        lines = [json.dumps({"step": row["step"], "loss": round(row["loss"], 4),
-                             "tokens_per_second": row["tokens_per_second"]}) for row in rows]
+        lines = [
+            json.dumps(
+                {
+                    "step": row["step"],
+                    "loss": round(row["loss"], 4),
+                    "tokens_per_second": row["tokens_per_second"],
+                }
+            )
+            for row in rows
+        ]
         path = args.output.parent / "reference" / f"{args.name}-s{config['seed']}.jsonl"
         write_atomic(path, "\n".join(lines) + "\n")
     old = json.loads(args.output.read_text("utf-8")) if args.output.exists() else []

@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def ngrams(tokens, n):
-    return [tuple(tokens[start:start + n]) for start in range(len(tokens) - n + 1)]
+    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
 
 def distinct_2(tokens):
@@ -50,14 +50,19 @@ def figures(texts):
     texts = [tokens for tokens in texts if len(tokens) >= 4]
     if not texts:
         return {"distinct_2": None, "repeated_4": None}
-    return {"distinct_2": round(sum(map(distinct_2, texts)) / len(texts), 4),
-            "repeated_4": round(sum(map(repeated_4, texts)) / len(texts), 4)}
+    return {
+        "distinct_2": round(sum(map(distinct_2, texts)) / len(texts), 4),
+        "repeated_4": round(sum(map(repeated_4, texts)) / len(texts), 4),
+    }
 
 
 def held_out_documents(work_dir, tokenizer, context, limit):
     """验证集里够长的文档的前 context 个词块，一篇一行。"""
-    texts = [text for path in sorted((work_dir / "corpus").glob("eval-*.parquet"))
-             for text in pq.read_table(path, columns=["text"]).column("text").to_pylist()]
+    texts = [
+        text
+        for path in sorted((work_dir / "corpus").glob("eval-*.parquet"))
+        for text in pq.read_table(path, columns=["text"]).column("text").to_pylist()
+    ]
     ids = (tokenizer.encode(text, add_special_tokens=False)[:context] for text in texts)
     return torch.tensor([tokens for tokens in ids if len(tokens) == context][:limit])
 
@@ -65,8 +70,15 @@ def held_out_documents(work_dir, tokenizer, context, limit):
 def write(model, prompts, settings, seed):
     torch.manual_seed(seed)
     length = model.config.n_positions - PROMPT_TOKENS
-    output = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=length,
-                            min_new_tokens=length, pad_token_id=0, use_cache=True, **settings)
+    output = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=length,
+        min_new_tokens=length,
+        pad_token_id=0,
+        use_cache=True,
+        **settings,
+    )
     return output[:, PROMPT_TOKENS:].tolist()
 
 
@@ -98,19 +110,35 @@ def span(rows, key):
 
 
 def report(result):
-    lines = ["# 重复", "", f"日期 {result['date']}。机器：{result['machine']}。{result['versions']}。", "",
-             f"    {result['command']}", "",
-             f"模型 {result['parameters']:,} 参数，上下文 {result['context']}；{result['documents']} 篇，"
-             f"每篇给 {PROMPT_TOKENS} 个词块，续写 {result['context'] - PROMPT_TOKENS} 个。采样是温度 0.8、top_k 50、"
-             "top_p 0.9，三个种子的平均（最低到最高）。", "",
-             "| 设置 | distinct-2（低：重复） | 重复的 4 连（高：重复） |", "|---|---:|---:|"]
+    lines = [
+        "# 重复",
+        "",
+        f"日期 {result['date']}。机器：{result['machine']}。{result['versions']}。",
+        "",
+        f"    {result['command']}",
+        "",
+        f"模型 {result['parameters']:,} 参数，上下文 {result['context']}；{result['documents']} 篇，"
+        f"每篇给 {PROMPT_TOKENS} 个词块，续写 {result['context'] - PROMPT_TOKENS} 个。采样是温度 0.8、top_k 50、"
+        "top_p 0.9，三个种子的平均（最低到最高）。",
+        "",
+        "| 设置 | distinct-2（低：重复） | 重复的 4 连（高：重复） |",
+        "|---|---:|---:|",
+    ]
     for name in dict.fromkeys(row["setting"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["setting"] == name]
         lines.append(f"| {name} | {span(rows, 'distinct_2')} | {span(rows, 'repeated_4')} |")
-    lines += ["", "训练途中的续写（`samples.jsonl`，每次五条，只看大概）：", "",
-              "| 步 | distinct-2 | 重复的 4 连 |", "|---:|---:|---:|"]
-    lines += [f"| {row['step']:,} | {row['distinct_2']:.3f} | {row['repeated_4']:.3f} |"
-              for row in result["samples"] if row["distinct_2"] is not None]
+    lines += [
+        "",
+        "训练途中的续写（`samples.jsonl`，每次五条，只看大概）：",
+        "",
+        "| 步 | distinct-2 | 重复的 4 连 |",
+        "|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['step']:,} | {row['distinct_2']:.3f} | {row['repeated_4']:.3f} |"
+        for row in result["samples"]
+        if row["distinct_2"] is not None
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +146,9 @@ def main():
     parser = argparse.ArgumentParser(description="数重复的词块", allow_abbrev=False)
     parser.add_argument("--work_dir", type=Path, default=Path("gpt2-chinese"), help="训练好的工作目录")
     parser.add_argument("--documents", type=int, default=100, help="最多用多少篇；默认 100")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "repetition", help="结果，不带扩展名")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "results" / "repetition", help="结果，不带扩展名"
+    )
     args = parser.parse_args()
     if not (args.work_dir / "final_model" / "model.safetensors").exists():
         sys.exit(f"错误：{args.work_dir} 里没有训练好的模型；先 python a100_train.py --preset demo")
@@ -126,11 +156,17 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(args.work_dir / "final_model", dtype=torch.float32).eval()
     documents = held_out_documents(args.work_dir, tokenizer, model.config.n_positions, args.documents)
     if not len(documents):
-        sys.exit(f"错误：{args.work_dir}/corpus 的验证集里没有一篇有 {model.config.n_positions} 个词块；换一个语料")
+        sys.exit(
+            f"错误：{args.work_dir}/corpus 的验证集里没有一篇有 {model.config.n_positions} 个词块；换一个语料"
+        )
     result = provenance() | {
         "command": "python a100_train.py --preset demo && python benchmarks/repetition.py",
-        "parameters": model.num_parameters(), "context": model.config.n_positions, "documents": len(documents),
-        "rows": measure(model, documents), "samples": training_samples(args.work_dir, tokenizer)}
+        "parameters": model.num_parameters(),
+        "context": model.config.n_positions,
+        "documents": len(documents),
+        "rows": measure(model, documents),
+        "samples": training_samples(args.work_dir, tokenizer),
+    }
     write_atomic(args.output.with_suffix(".json"), json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_atomic(args.output.with_suffix(".md"), report(result))
     print(report(result))

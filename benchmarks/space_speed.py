@@ -25,8 +25,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 import tiny_run
 
 FULL = {"n_layer": 8, "n_embd": 768, "n_head": 12, "n_positions": 1024}
-COLUMNS = {"start": "启动到网页打得开", "start_cpu": "其中 CPU 时间", "first": "第一次续写的第一个词块",
-           "second": "第二次续写的第一个词块", "per_token": "之后每个词块", "load": "开始前的系统负载"}
+COLUMNS = {
+    "start": "启动到网页打得开",
+    "start_cpu": "其中 CPU 时间",
+    "first": "第一次续写的第一个词块",
+    "second": "第二次续写的第一个词块",
+    "per_token": "之后每个词块",
+    "load": "开始前的系统负载",
+}
 
 
 def free_port():
@@ -72,8 +78,12 @@ def measure(folder, tokens=30):
     port, load = free_port(), os.getloadavg()[0]
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     url, start = f"http://127.0.0.1:{port}", time.perf_counter()
-    process = subprocess.Popen([sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
-                               env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_for(url)
         used = psutil.Process(process.pid).cpu_times()
@@ -89,11 +99,20 @@ def measure(folder, tokens=30):
 
 
 def report(result):
-    lines = ["# 网页的启动和第一个词块", "", f"日期 {result['date']}。机器：{result['machine']}。{result['versions']}，"
-             f"gradio {result['gradio']}。", "", f"    {result['command']}", "",
-             f"模型 {result['parameters']:,} 参数，随机权重，fp32。每行一个新的进程；秒。CPU 时间与别的程序抢不抢无关；"
-             "系统负载大于 2（核数）就是有别的程序在抢，那一行的其余几列会偏大。", "",
-             "| 次 | " + " | ".join(COLUMNS.values()) + " |", "|---:" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        "# 网页的启动和第一个词块",
+        "",
+        f"日期 {result['date']}。机器：{result['machine']}。{result['versions']}，"
+        f"gradio {result['gradio']}。",
+        "",
+        f"    {result['command']}",
+        "",
+        f"模型 {result['parameters']:,} 参数，随机权重，fp32。每行一个新的进程；秒。CPU 时间与别的程序抢不抢无关；"
+        "系统负载大于 2（核数）就是有别的程序在抢，那一行的其余几列会偏大。",
+        "",
+        "| 次 | " + " | ".join(COLUMNS.values()) + " |",
+        "|---:" * (len(COLUMNS) + 1) + "|",
+    ]
     for number, row in enumerate(result["rows"], 1):
         lines.append(f"| {number} | " + " | ".join(f"{row[name]:.2f}" for name in COLUMNS) + " |")
     medians = " | ".join(f"**{value:.2f}**" for value in result["median"].values())
@@ -104,7 +123,9 @@ def report(result):
 def main():
     parser = argparse.ArgumentParser(description="量网页的速度", allow_abbrev=False)
     parser.add_argument("--runs", type=int, default=5, help="启动几次；默认 5")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "space_speed", help="结果，不带扩展名")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "results" / "space_speed", help="结果，不带扩展名"
+    )
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -115,8 +136,13 @@ def main():
             rows.append(measure(folder))
             print(rows[-1], flush=True)
     median = {name: statistics.median(row[name] for row in rows) for name in list(COLUMNS)[:-1]}
-    result = provenance() | {"command": "python benchmarks/space_speed.py", "gradio": gradio.__version__,
-                             "parameters": parameters, "rows": rows, "median": median}
+    result = provenance() | {
+        "command": "python benchmarks/space_speed.py",
+        "gradio": gradio.__version__,
+        "parameters": parameters,
+        "rows": rows,
+        "median": median,
+    }
     write_atomic(args.output.with_suffix(".json"), json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_atomic(args.output.with_suffix(".md"), report(result))
     print(report(result))

@@ -22,14 +22,17 @@ import sentencepiece as spm
 from common import ROOT, provenance
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")      # GPT-2 的
+SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")  # GPT-2 的
 COMMAS = "，！？：；（）"
 SENTENCE = "人工智能正在改变世界，你觉得呢？"
 
 
 def read_texts(folder, part):
-    return [text for path in sorted((folder / "corpus").glob(f"{part}-*.parquet"))
-            for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
+    return [
+        text
+        for path in sorted((folder / "corpus").glob(f"{part}-*.parquet"))
+        for text in pq.read_table(path, columns=["text"])["text"].to_pylist()
+    ]
 
 
 def gpt2_counter(path):
@@ -40,12 +43,12 @@ def gpt2_counter(path):
     @cache
     def count(word):
         parts = [bytes([byte]) for byte in word.encode("utf-8")]
-        while len(parts) > 1:                # 每次合并次序最靠前的一对
+        while len(parts) > 1:  # 每次合并次序最靠前的一对
             pairs = [ranks.get(a + b, 1 << 30) for a, b in zip(parts, parts[1:], strict=False)]
             best = min(range(len(pairs)), key=pairs.__getitem__)
             if pairs[best] == 1 << 30:
                 break
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
         return len(parts)
 
     return lambda text: sum(count(word) for word in SPLIT.findall(text))
@@ -55,9 +58,19 @@ def without_normalizer(train, held_out, vocab_size):
     """公开参考的错：SentencePiece 训练时做了 NFKC（“，”变成“,”），用的时候却不做。返回 <unk> 占 token 的比例等。"""
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=(line[:1000] for text in train for line in text.split("\n") if line), model_writer=model,
-        model_type="unigram", vocab_size=vocab_size, character_coverage=0.9999, hard_vocab_limit=False,
-        pad_id=0, unk_id=1, bos_id=2, eos_id=3, minloglevel=2, num_threads=2)
+        sentence_iterator=(line[:1000] for text in train for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        character_coverage=0.9999,
+        hard_vocab_limit=False,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        minloglevel=2,
+        num_threads=2,
+    )
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.get_piece_size())]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1))
@@ -65,20 +78,30 @@ def without_normalizer(train, held_out, vocab_size):
     lines = [line for text in held_out for line in text.split("\n") if line]
     unknown = [sum(i == 1 for i in row.ids) for row in tokenizer.encode_batch(lines)]
     tokens = sum(len(row.ids) for row in tokenizer.encode_batch(lines))
-    return {"unk_rate": round(sum(unknown) / tokens, 4),
-            "lines_intact": round(sum(not n for n in unknown) / len(lines), 4),
-            "unknown_marks": [mark for mark in COMMAS if 1 in tokenizer.encode(mark).ids]}
+    return {
+        "unk_rate": round(sum(unknown) / tokens, 4),
+        "lines_intact": round(sum(not n for n in unknown) / len(lines), 4),
+        "unknown_marks": [mark for mark in COMMAS if 1 in tokenizer.encode(mark).ids],
+    }
 
 
 def measure(folder, count_gpt2):
     texts = read_texts(folder, "eval")
     ours = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "sentencepiece.model"))
     characters = sum(map(len, texts))
-    tokens = {"ours": sum(map(len, ours.encode(texts))), "characters": characters,
-              "bytes": sum(len(text.encode("utf-8")) for text in texts), "gpt2": sum(map(count_gpt2, texts))}
-    return {"vocab_size": ours.get_piece_size(), "documents": len(texts), "tokens": tokens,
-            "sentence": {"ours": ours.encode(SENTENCE, out_type=str), "gpt2": count_gpt2(SENTENCE)},
-            "characters_per_token": {name: round(characters / number, 4) for name, number in tokens.items()}}
+    tokens = {
+        "ours": sum(map(len, ours.encode(texts))),
+        "characters": characters,
+        "bytes": sum(len(text.encode("utf-8")) for text in texts),
+        "gpt2": sum(map(count_gpt2, texts)),
+    }
+    return {
+        "vocab_size": ours.get_piece_size(),
+        "documents": len(texts),
+        "tokens": tokens,
+        "sentence": {"ours": ours.encode(SENTENCE, out_type=str), "gpt2": count_gpt2(SENTENCE)},
+        "characters_per_token": {name: round(characters / number, 4) for name, number in tokens.items()},
+    }
 
 
 def main():
@@ -93,8 +116,11 @@ def main():
         result[name] = measure(folder, count_gpt2)
     if args.broken:
         folder = folders[args.broken]
-        result["broken"] = without_normalizer(read_texts(folder, "train"), read_texts(folder, "eval"),
-                                              max(8000, result[args.broken]["vocab_size"]))
+        result["broken"] = without_normalizer(
+            read_texts(folder, "train"),
+            read_texts(folder, "eval"),
+            max(8000, result[args.broken]["vocab_size"]),
+        )
     result |= provenance()
     text = json.dumps(result, ensure_ascii=False, indent=1)
     (ROOT / "results" / "tokenizer.json").write_text(text + "\n", encoding="utf-8")

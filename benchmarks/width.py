@@ -28,24 +28,25 @@ sys.path.insert(0, str(ROOT))
 import a100_train
 
 RESULTS = ROOT / "results" / "recipe" / "scaling"
-BLOCK_SIZE, MICRO_BATCH = 256, 32          # 上下文；一次前向至多 32 × 256 token，再大的批量靠累积
-VOCABULARY = 8_000    # 扫学习率用：窄模型的时间大半花在输出层上，32,000 要慢 2.7 倍；差别另有一组对照
+BLOCK_SIZE, MICRO_BATCH = 256, 32  # 上下文；一次前向至多 32 × 256 token，再大的批量靠累积
+VOCABULARY = 8_000  # 扫学习率用：窄模型的时间大半花在输出层上，32,000 要慢 2.7 倍；差别另有一组对照
 
 
 @dataclass(frozen=True)
 class Trial:
     """一个试验的全部设置。缺省值就是 192 维的小模型、每步 2,048 token、我们的配方。"""
-    rate: float                     # AdamW 管的部分（词向量、位置向量、LayerNorm、偏置）的学习率
-    muon: float = 0.02              # 矩阵的学习率；0 表示矩阵也用 AdamW
+
+    rate: float  # AdamW 管的部分（词向量、位置向量、LayerNorm、偏置）的学习率
+    muon: float = 0.02  # 矩阵的学习率；0 表示矩阵也用 AdamW
     width: int = 192
     layers: int = 2
     vocab: int = VOCABULARY
-    batch: int = 2048               # 每步 token
+    batch: int = 2048  # 每步 token
     steps: int = 160
     schedule: str = "linear"
     warmup: float = 0.05
     beta2: float = 0.95
-    vectors: float = 1.0            # LayerNorm 和偏置的学习率是 rate 的几倍
+    vectors: float = 1.0  # LayerNorm 和偏置的学习率是 rate 的几倍
     precision: str = "bf16"
     seed: int = 42
 
@@ -54,24 +55,28 @@ class Trial:
         """文件名：大小和学习率总要写，别的只写与缺省不同的。"""
         base = f"w{self.width}x{self.layers}-b{self.batch}-n{self.steps}-a{self.rate:g}-m{self.muon:g}"
         always = {"width", "layers", "batch", "steps", "rate", "muon", "seed"}
-        rest = [f"-{f.name}{getattr(self, f.name)}" for f in fields(self)
-                if f.name not in always and getattr(self, f.name) != f.default]
+        rest = [
+            f"-{f.name}{getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name not in always and getattr(self, f.name) != f.default
+        ]
         return base + "".join(rest) + f"-s{self.seed}"
 
 
 # ==== 1. 队列，按要紧的次序 ====
 
+
 def sweep(rates, **settings):
     return [Trial(rate=rate, **settings) for rate in rates]
 
 
-FULL = dict(width=768, layers=8, vocab=32_000, steps=300)                                # 82,066,944 参数
-REFERENCE = dict(rate=3e-4, muon=0, schedule="cosine", warmup=0.17, beta2=0.999)         # 公开参考的配方
+FULL = dict(width=768, layers=8, vocab=32_000, steps=300)  # 82,066,944 参数
+REFERENCE = dict(rate=3e-4, muon=0, schedule="cosine", warmup=0.17, beta2=0.999)  # 公开参考的配方
 QUEUE = [
     Trial(**REFERENCE, **FULL),
     Trial(rate=2e-3, **FULL),
     Trial(rate=1e-3, muon=0, **FULL),
-    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 6.4e-2]),                                        # 192 维
+    *sweep([8e-3, 1.6e-2, 4e-3, 3.2e-2, 6.4e-2]),  # 192 维
     *sweep([4e-3, 8e-3, 2e-3, 1.6e-2, 3.2e-2, 1e-3], width=768),
     *sweep([2e-3, 8e-3, 3.2e-2, 1.6e-2], width=384),
     *sweep([1.6e-2, 4e-3, 6.4e-2, 3.2e-2, 8e-3], batch=8192),
@@ -84,10 +89,10 @@ QUEUE = [
     Trial(rate=8e-3, batch=512, precision="fp32"),
     *sweep([1.6e-2, 4e-3, 6.4e-2], seed=43),
     *sweep([8e-3, 2e-3, 3.2e-2, 4e-3, 1.6e-2], batch=512, seed=43),
-    *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0, 0.0625)],           # LayerNorm、偏置另用一个
+    *[Trial(rate=1.6e-2, vectors=vectors) for vectors in (0.25, 4.0, 0.0625)],  # LayerNorm、偏置另用一个
     Trial(rate=4e-3, vectors=0.25),
     *sweep([4e-3], width=384),
-    *sweep([1e-3, 5e-4, 2e-3, 2.5e-4], width=768, muon=0),                               # 只用 AdamW
+    *sweep([1e-3, 5e-4, 2e-3, 2.5e-4], width=768, muon=0),  # 只用 AdamW
     *[Trial(rate=1.6e-2, muon=muon, batch=8192) for muon in (0.04, 0.01)],
     *sweep([6.4e-2], vocab=32_000),
     *sweep([8e-3], steps=640),
@@ -103,11 +108,21 @@ QUEUE = [
 
 # ==== 2. a100_train.py 的函数：它改了名字，只改这里 ====
 
+
 def model_settings(trial, work_dir):
     """a100_train.py 里叫 s 的那个对象，只填用得到的几项。"""
     return argparse.Namespace(
-        vocab_size=trial.vocab, n_layer=trial.layers, n_embd=trial.width, n_head=trial.width // 64,
-        block_size=BLOCK_SIZE, attn="sdpa", liger=False, seed=trial.seed, batch_size=16, work_dir=work_dir)
+        vocab_size=trial.vocab,
+        n_layer=trial.layers,
+        n_embd=trial.width,
+        n_head=trial.width // 64,
+        block_size=BLOCK_SIZE,
+        attn="sdpa",
+        liger=False,
+        seed=trial.seed,
+        batch_size=16,
+        work_dir=work_dir,
+    )
 
 
 def build(trial, work_dir):
@@ -123,8 +138,9 @@ def build(trial, work_dir):
     else:
         groups = [dict(params=g["params"], weight_decay=g["weight_decay"]) for g in groups]
         optimizer = torch.optim.AdamW(groups, lr=trial.rate, betas=betas, fused=True)
-    data = a100_train.BlockStream(work_dir / "packed" / "train.bin", BLOCK_SIZE,
-                                  trial.steps * trial.batch // BLOCK_SIZE, trial.seed)
+    data = a100_train.BlockStream(
+        work_dir / "packed" / "train.bin", BLOCK_SIZE, trial.steps * trial.batch // BLOCK_SIZE, trial.seed
+    )
     return model, optimizer, data
 
 
@@ -150,6 +166,7 @@ def orthogonalize_bf16(matrix, steps=5):
 
 # ==== 3. 一个试验 ====
 
+
 def learning_rate_scale(trial, step):
     """第 step 步（从 0 数）的学习率是最高值的几倍：先升，再线性或余弦降到 0。"""
     warmup = max(1, round(trial.steps * trial.warmup))
@@ -164,7 +181,7 @@ def one_step(model, optimizer, data, trial, step, autocast, pause):
     size = trial.batch // BLOCK_SIZE
     micro, total = min(size, MICRO_BATCH), 0.0
     for start in range(step * size, (step + 1) * size, micro):
-        while pause and pause.exists():          # 别人在量时间
+        while pause and pause.exists():  # 别人在量时间
             time.sleep(1)
         batch = torch.utils.data.default_collate([data[i] for i in range(start, start + micro)])
         with autocast():
@@ -180,7 +197,7 @@ def one_step(model, optimizer, data, trial, step, autocast, pause):
 def train(trial, work_dir, pause):
     """训练一次，逐次验证给出一行；损失不是有限数就停，最后一行带 error。"""
     bf16, start = trial.precision == "bf16", time.process_time()
-    evaluations = 6 if parameters(trial) > 8e7 else 1          # 扫学习率只看最后
+    evaluations = 6 if parameters(trial) > 8e7 else 1  # 扫学习率只看最后
     a100_train.orthogonalize = orthogonalize_bf16 if bf16 else ORTHOGONALIZE
 
     def autocast():
@@ -193,10 +210,14 @@ def train(trial, work_dir, pause):
         if step in marks:
             with autocast():
                 loss, bits = held_out(model, trial, work_dir)
-            yield {"step": step, "tokens": step * trial.batch,
-                   "cpu_seconds": round(time.process_time() - start, 1),
-                   "train_loss": round(sum(losses) / len(losses), 4) if losses else None,
-                   "eval_loss": round(loss, 5), "bits_per_char": round(bits, 5)}
+            yield {
+                "step": step,
+                "tokens": step * trial.batch,
+                "cpu_seconds": round(time.process_time() - start, 1),
+                "train_loss": round(sum(losses) / len(losses), 4) if losses else None,
+                "eval_loss": round(loss, 5),
+                "bits_per_char": round(bits, 5),
+            }
             losses = []
         if step < trial.steps:
             losses.append(one_step(model, optimizer, data, trial, step, autocast, pause))
@@ -218,13 +239,20 @@ def run_trial(trial, work_dir, results, pause):
             if path.exists():
                 return False
             model_parameters = parameters(trial)
-            lines = [{"name": trial.name, **asdict(trial), "parameters": model_parameters,
-                      "threads": torch.get_num_threads(), **provenance()}]
+            lines = [
+                {
+                    "name": trial.name,
+                    **asdict(trial),
+                    "parameters": model_parameters,
+                    "threads": torch.get_num_threads(),
+                    **provenance(),
+                }
+            ]
             for row in train(trial, work_dir / f"v{trial.vocab}", pause):
                 lines.append(row)
                 print(trial.name, *(f"{key} {value}" for key, value in row.items()), flush=True)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                write_atomic(work_dir / f"{trial.name}.part", text)          # 半截的不进 results/
+                write_atomic(work_dir / f"{trial.name}.part", text)  # 半截的不进 results/
             write_atomic(path, text)
     except filelock.Timeout:
         return False
@@ -238,10 +266,13 @@ def parameters(trial):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", nargs="+", default=[], help="名字=文件；写法见 prepare_corpus.py")
-    parser.add_argument("--work_dir", type=Path, default=Path("width-work"), help="语料、分词器、打包放在哪里")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("width-work"), help="语料、分词器、打包放在哪里"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="日志写到哪里")
     parser.add_argument("--only", default="", help="只跑名字以它开头的")
     parser.add_argument("--skip", default="-", help="不跑名字以它开头的")

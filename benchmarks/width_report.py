@@ -20,13 +20,14 @@ from common import ROOT, read_lines, write_atomic
 from width import QUEUE
 
 RESULTS = ROOT / "results" / "recipe"
-TARGET = dict(width=768, batch=98_304, steps=11_838)     # 完整训练；步数是公开参考的
+TARGET = dict(width=768, batch=98_304, steps=11_838)  # 完整训练；步数是公开参考的
 FIELDS = ("width", "layers", "vocab", "batch", "steps", "schedule", "warmup", "beta2", "vectors", "precision")
-DRAWS, WINDOW = 1000, 0.12          # 重配的次数；每字比特：离最低点再远，抛物线就不像了
-PUBLISHED = [(524_288, 3.6e-3, "modded-nanogpt\n124M, 词向量共享")]     # (token/步, AdamW 部分的学习率, 出处)
+DRAWS, WINDOW = 1000, 0.12  # 重配的次数；每字比特：离最低点再远，抛物线就不像了
+PUBLISHED = [(524_288, 3.6e-3, "modded-nanogpt\n124M, 词向量共享")]  # (token/步, AdamW 部分的学习率, 出处)
 
 
 # ==== 1. 读日志 ====
+
 
 def load(folder):
     """每个试验一个 dict：第一行的设置，加上 rows（逐次验证）和 bits（最后的每字比特，发散的是 inf）。"""
@@ -51,7 +52,8 @@ def seed_noise(runs):
     groups = {}
     for run in runs:
         groups.setdefault(tuple(run[name] for name in (*FIELDS, "muon")), {}).setdefault(run["rate"], {})[
-            run["seed"]] = run["bits"]
+            run["seed"]
+        ] = run["bits"]
     squares = []
     for curve in groups.values():
         pairs = [points[43] - points[42] for points in curve.values() if {42, 43} <= points.keys()]
@@ -61,6 +63,7 @@ def seed_noise(runs):
 
 
 # ==== 2. 最优学习率和它的误差 ====
+
 
 def vertex(x, y):
     """给不比最低点高出 WINDOW 的点（至少是最低点和它的邻居）配抛物线，返回顶点的 x；开口不向上就返回最低的点。"""
@@ -101,13 +104,17 @@ def fit_laws(optima, variables):
 
 # ==== 3. 表 ====
 
+
 def describe(settings):
     """一条曲线的设置，写成一句话；与缺省相同的不写。"""
     s = dict(settings)
     text = f"{s['width']} 维 × {s['layers']} 层，{s['batch']:,} token/步，{s['steps']} 步"
-    extra = [(s["vocab"] != 8000, f"词表 {s['vocab']:,}"), (s.get("muon") == 0, "只用 AdamW"),
-             (s["precision"] != "bf16", s["precision"]),
-             (s["vectors"] != 1, f"LayerNorm、偏置 × {s['vectors']:g}")]
+    extra = [
+        (s["vocab"] != 8000, f"词表 {s['vocab']:,}"),
+        (s.get("muon") == 0, "只用 AdamW"),
+        (s["precision"] != "bf16", s["precision"]),
+        (s["vectors"] != 1, f"LayerNorm、偏置 × {s['vectors']:g}"),
+    ]
     return "，".join([text, *(words for true, words in extra if true)])
 
 
@@ -122,12 +129,18 @@ def optimum_table(runs, swept, noise):
     lines, optima = [], []
     for key, curve in sorted(curves(runs, swept).items()):
         settings = dict(key)
-        if len(curve) < 2 or (settings["layers"], settings["vocab"]) == (8, 32_000) or (swept == "muon" and 0 in curve):
+        if (
+            len(curve) < 2
+            or (settings["layers"], settings["vocab"]) == (8, 32_000)
+            or (swept == "muon" and 0 in curve)
+        ):
             continue
         means = {rate: float(np.mean(bits)) for rate, bits in curve.items()}
         best = fit_optimum(means, means.values(), noise)
-        cells = "，".join(f"{rate:g}：{value:.3f}" if math.isfinite(value) else f"{rate:g}：发散"
-                         for rate, value in means.items())
+        cells = "，".join(
+            f"{rate:g}：{value:.3f}" if math.isfinite(value) else f"{rate:g}：发散"
+            for rate, value in means.items()
+        )
         seeds = max(map(len, curve.values()))
         fixed = f"；矩阵 {settings['muon']:g}" if swept == "rate" and settings["muon"] else ""
         fixed = f"；AdamW 部分 {settings['rate']:g}" if swept == "muon" else fixed
@@ -142,10 +155,15 @@ def full_table(runs):
     full = sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: (r["steps"], r["bits"]))
     lines = []
     for run in full:
-        points = "，".join(f"{row['tokens'] / 1000:.0f}k：{row['bits_per_char']:.3f}" for row in run["rows"]
-                          if "bits_per_char" in row)
-        lines.append(f"| {recipe_name(run)} | {run['seed']} | {run['steps']} | **{run['bits']:.3f}** | "
-                     f"{run['rows'][-1].get('eval_loss', math.nan):.3f} | {points} |")
+        points = "，".join(
+            f"{row['tokens'] / 1000:.0f}k：{row['bits_per_char']:.3f}"
+            for row in run["rows"]
+            if "bits_per_char" in row
+        )
+        lines.append(
+            f"| {recipe_name(run)} | {run['seed']} | {run['steps']} | **{run['bits']:.3f}** | "
+            f"{run['rows'][-1].get('eval_loss', math.nan):.3f} | {points} |"
+        )
     return lines
 
 
@@ -153,7 +171,9 @@ def recipe_name(run):
     if run["muon"]:
         return f"Muon {run['muon']:g} + AdamW {run['rate']:g}，线性"
     published = "（公开参考）" if run["rate"] == 3e-4 else ""
-    return f"AdamW {run['rate']:g}，" + (f"余弦、预热 17 %、β2 0.999{published}" if run["schedule"] == "cosine" else "线性")
+    return f"AdamW {run['rate']:g}，" + (
+        f"余弦、预热 17 %、β2 0.999{published}" if run["schedule"] == "cosine" else "线性"
+    )
 
 
 def select(optima, **fixed):
@@ -203,9 +223,11 @@ def predictions(runs, optima, noise):
     rows = [("768 维 × 2 层，词表 8,000，2,048 token/步，160 步（量到的）", 1.0, center, variance)]
     growth = {name: math.log2(TARGET[name] / start[0][0][name]) for name in ("batch", "steps")}
     moves = [("8 层", shift(runs, noise, layers=8)), ("词表 32,000", shift(runs, noise, vocab=32_000))]
-    moves += [(text, (law[0][1] * growth[name], law[1][1, 1] ** 0.5 * growth[name]))
-              for name, text in (("batch", f"{TARGET['batch']:,} token/步"), ("steps", f"{TARGET['steps']:,} 步"))
-              if (law := found.get(name))]
+    moves += [
+        (text, (law[0][1] * growth[name], law[1][1, 1] ** 0.5 * growth[name]))
+        for name, text in (("batch", f"{TARGET['batch']:,} token/步"), ("steps", f"{TARGET['steps']:,} 步"))
+        if (law := found.get(name))
+    ]
     for text, move in moves:
         if move:
             center, variance = center + move[0], variance + move[1] ** 2
@@ -219,36 +241,76 @@ def write_table(folder):
     lines, optima = optimum_table(runs, "rate", noise)
     parts, found = laws(optima)
     names = {"width": "宽度", "batch": "批量", "steps": "步数"}
-    exponents = [f"| {names[name]} | {law[0][1]:+.2f} ± {law[1][1, 1] ** 0.5:.2f} | {len(parts[name])} 个最优 |"
-                 for name, law in found.items()]
-    guesses = [f"| {name} | {factor:.2f} | {best:.1e} | {low:.1e}–{high:.1e} |"
-               for name, factor, best, low, high in predictions(runs, optima, noise)]
+    exponents = [
+        f"| {names[name]} | {law[0][1]:+.2f} ± {law[1][1, 1] ** 0.5:.2f} | {len(parts[name])} 个最优 |"
+        for name, law in found.items()
+    ]
+    guesses = [
+        f"| {name} | {factor:.2f} | {best:.1e} | {low:.1e}–{high:.1e} |"
+        for name, factor, best, low, high in predictions(runs, optima, noise)
+    ]
     muon_lines, _ = optimum_table(runs, "muon", noise)
     notes, done = folder / "notes.md", {run["name"] for run in runs}
     left = [trial.name for trial in QUEUE if trial.name not in done]
-    write_atomic(folder / "README.md", "\n".join([
-        "# 真实宽度上的学习率", "",
-        "命令：`python benchmarks/width.py --corpus …`（训练）、`python benchmarks/width_report.py`（表和图）。每个试验的日志在 "
-        "[scaling/](scaling/)；更早的小模型搜索（267 万参数，调度、预热、β2 等）在 [small/](small/README.md)。",
-        f"机器：{first['machine']}，每个试验 {first['threads']} 个线程；{first['versions']}；{first['date']}。"
-        "bf16 autocast（AMX），上下文 256，词表 8,000（真实大小：32,000）。",
-        f"扫学习率的每字比特，种子误差（比较同一种子的两个学习率时）：标准差 {noise:.3f}。", "",
-        *([notes.read_text("utf-8")] if notes.exists() else []),
-        "![最优学习率随宽度、批量的变化，和真实大小的曲线](scaling.png)", "",
-        "## AdamW 部分的学习率", "", "| 设置 | 学习率：每字比特 | 最优（16%–84%） |", "|---|---|---|", *lines, "",
-        "## 指数：最优 ∝ 变量的几次方", "", "| 变量 | 指数 | 根据 |", "|---|---|---|", *exponents, "",
-        f"## 换算到完整训练：{TARGET['width']} 维 × 8 层，词表 32,000，{TARGET['batch']:,} token/步", "",
-        "层数和词表的倍数在 192 维上量（借用基准的曲率，只让顶点移动）；每一步都乘在上一行上。", "",
-        "| 一步步 | 倍数 | 到这里的最优 | 范围（一个标准差） |", "|---|---:|---:|---|", *guesses, "",
-        "## Muon 的学习率（矩阵）", "", "| 设置 | 学习率：每字比特 | 最优 |", "|---|---|---|", *muon_lines, "",
-        "## 真实大小：8 层 × 768 维，词表 32,000，2,048 token/步", "",
-        "81,477,120 参数：上下文 256，比完整训练的 82,066,944 少 768 个位置向量。", "",
-        "| 配方 | 种子 | 步 | **每字比特** | 损失 nat | token：每字比特 |", "|---|---|---|---|---|---|",
-        *full_table(runs), "", f"队列里还没有跑的：{'、'.join(left) or '无'}。"]) + "\n")
+    write_atomic(
+        folder / "README.md",
+        "\n".join(
+            [
+                "# 真实宽度上的学习率",
+                "",
+                "命令：`python benchmarks/width.py --corpus …`（训练）、`python benchmarks/width_report.py`（表和图）。每个试验的日志在 "
+                "[scaling/](scaling/)；更早的小模型搜索（267 万参数，调度、预热、β2 等）在 [small/](small/README.md)。",
+                f"机器：{first['machine']}，每个试验 {first['threads']} 个线程；{first['versions']}；{first['date']}。"
+                "bf16 autocast（AMX），上下文 256，词表 8,000（真实大小：32,000）。",
+                f"扫学习率的每字比特，种子误差（比较同一种子的两个学习率时）：标准差 {noise:.3f}。",
+                "",
+                *([notes.read_text("utf-8")] if notes.exists() else []),
+                "![最优学习率随宽度、批量的变化，和真实大小的曲线](scaling.png)",
+                "",
+                "## AdamW 部分的学习率",
+                "",
+                "| 设置 | 学习率：每字比特 | 最优（16%–84%） |",
+                "|---|---|---|",
+                *lines,
+                "",
+                "## 指数：最优 ∝ 变量的几次方",
+                "",
+                "| 变量 | 指数 | 根据 |",
+                "|---|---|---|",
+                *exponents,
+                "",
+                f"## 换算到完整训练：{TARGET['width']} 维 × 8 层，词表 32,000，{TARGET['batch']:,} token/步",
+                "",
+                "层数和词表的倍数在 192 维上量（借用基准的曲率，只让顶点移动）；每一步都乘在上一行上。",
+                "",
+                "| 一步步 | 倍数 | 到这里的最优 | 范围（一个标准差） |",
+                "|---|---:|---:|---|",
+                *guesses,
+                "",
+                "## Muon 的学习率（矩阵）",
+                "",
+                "| 设置 | 学习率：每字比特 | 最优 |",
+                "|---|---|---|",
+                *muon_lines,
+                "",
+                "## 真实大小：8 层 × 768 维，词表 32,000，2,048 token/步",
+                "",
+                "81,477,120 参数：上下文 256，比完整训练的 82,066,944 少 768 个位置向量。",
+                "",
+                "| 配方 | 种子 | 步 | **每字比特** | 损失 nat | token：每字比特 |",
+                "|---|---|---|---|---|---|",
+                *full_table(runs),
+                "",
+                f"队列里还没有跑的：{'、'.join(left) or '无'}。",
+            ]
+        )
+        + "\n",
+    )
     return runs, optima, noise
 
 
 # ==== 4. 图 ====
+
 
 def draw_curves(axis, runs, name, noise):
     """每字比特对学习率，name（width 或 batch）每个值一条；最优画竖线。"""
@@ -259,8 +321,13 @@ def draw_curves(axis, runs, name, noise):
         (curve,) = [c for key, c in every.items() if dict(key) == settings]
         means = {rate: np.mean(bits) for rate, bits in curve.items() if math.isfinite(np.mean(bits))}
         lowest = min(means.values())
-        axis.plot(means.keys(), [value - lowest for value in means.values()], "o-", color=f"C{color}",
-                  label=f"{settings[name]:,}（{lowest:.2f}）")
+        axis.plot(
+            means.keys(),
+            [value - lowest for value in means.values()],
+            "o-",
+            color=f"C{color}",
+            label=f"{settings[name]:,}（{lowest:.2f}）",
+        )
         if not optimum["edge"]:
             axis.axvspan(optimum["low"], optimum["high"], color=f"C{color}", alpha=0.15, lw=0)
     ticks = [1e-3 * 2**i for i in range(7)]
@@ -281,13 +348,26 @@ def draw_law(axis, runs, optima, noise):
     """最优对批量：量到的点（颜色是宽度），外推到完整训练的范围，公开的值。"""
     steps_seen = sorted({s["steps"] for s, _ in select(optima)})
     for s, o in select(optima):
-        shift = 1 + 0.08 * steps_seen.index(s["steps"])          # 错开一点，免得压在一起
-        axis.errorbar(s["batch"] * shift, o["best"], [[o["best"] - o["low"]], [o["high"] - o["best"]]],
-                      fmt="o^D"[steps_seen.index(s["steps"])], capsize=3,
-                      color=f"C{(192, 384, 768).index(s['width'])}", label=f"{s['width']} 维，{s['steps']:,} 步")
+        shift = 1 + 0.08 * steps_seen.index(s["steps"])  # 错开一点，免得压在一起
+        axis.errorbar(
+            s["batch"] * shift,
+            o["best"],
+            [[o["best"] - o["low"]], [o["high"] - o["best"]]],
+            fmt="o^D"[steps_seen.index(s["steps"])],
+            capsize=3,
+            color=f"C{(192, 384, 768).index(s['width'])}",
+            label=f"{s['width']} 维，{s['steps']:,} 步",
+        )
     for i, (name, _, best, low, high) in enumerate(predictions(runs, optima, noise)[-2:]):
-        axis.errorbar(TARGET["batch"] * 1.15**i, best, [[best - low], [high - best]], fmt="s", capsize=3,
-                      color=("black", "silver")[i], label=f"换算到完整训练，{name}")
+        axis.errorbar(
+            TARGET["batch"] * 1.15**i,
+            best,
+            [[best - low], [high - best]],
+            fmt="s",
+            capsize=3,
+            color=("black", "silver")[i],
+            label=f"换算到完整训练，{name}",
+        )
     for batch, rate, source in PUBLISHED:
         axis.plot(batch, rate, "*", ms=12, color="C3", label=f"公开：{source}")
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -297,9 +377,11 @@ def draw_law(axis, runs, optima, noise):
 
 def draw(runs, optima, noise, path):
     from matplotlib import font_manager
+
     known = {font.name for font in font_manager.fontManager.ttflist}
-    plt.rcParams["font.sans-serif"] = [n for n in ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei",
-                                                   "PingFang SC") if n in known] + ["DejaVu Sans"]
+    plt.rcParams["font.sans-serif"] = [
+        n for n in ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC") if n in known
+    ] + ["DejaVu Sans"]
     plt.rcParams["axes.unicode_minus"] = False
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
     draw_curves(axes[0, 0], runs, "width", noise)
@@ -307,20 +389,34 @@ def draw(runs, optima, noise, path):
     draw_law(axes[1, 0], runs, optima, noise)
     for run in sorted((r for r in runs if r["parameters"] > 8e7), key=lambda r: -r["bits"]):
         rows = [row for row in run["rows"] if "bits_per_char" in row]
-        axes[1, 1].plot([row["tokens"] for row in rows], [row["bits_per_char"] for row in rows], "o-", ms=3,
-                        label=f"{recipe_name(run)}（种子 {run['seed']}）")
+        axes[1, 1].plot(
+            [row["tokens"] for row in rows],
+            [row["bits_per_char"] for row in rows],
+            "o-",
+            ms=3,
+            label=f"{recipe_name(run)}（种子 {run['seed']}）",
+        )
     axes[1, 1].set(xlabel="训练 token", ylabel="每字比特（验证）", ylim=(4.6, 6.0))
     axes[1, 1].legend(fontsize=7, loc="upper right")
-    for axis, title in zip(axes.flat, ("2 层，2,048 token/步，160 步", "192 维 × 2 层，160 步", "最优学习率对批量",
-                                       "真实大小：8 层 × 768 维，词表 32,000，2,048 token/步"), strict=True):
+    for axis, title in zip(
+        axes.flat,
+        (
+            "2 层，2,048 token/步，160 步",
+            "192 维 × 2 层，160 步",
+            "最优学习率对批量",
+            "真实大小：8 层 × 768 维，词表 32,000，2,048 token/步",
+        ),
+        strict=True,
+    ):
         axis.set_title(title)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="里面有 scaling/ 的文件夹")
     args = parser.parse_args()
     runs, optima, noise = write_table(args.results)

@@ -26,23 +26,25 @@ NUMBER = re.compile(r"\d\.\d|\d ?(?:秒|分钟|小时|GB|MB|元|倍|%|k token|to
 EXCUSES = ("<!-- 出处", "<!-- 算", "<!-- 资料", "未测")
 SAMPLE = re.compile(r"\| ([^|<]*?) <!-- 续写 (\d+) (\S+) -->")
 LOG_LINE = re.compile(r"`[^`]*` <!-- 日志 (\d+) -->")
-SAMPLE_LENGTH = 48                           # 表格里只放开头这么多字
+SAMPLE_LENGTH = 48  # 表格里只放开头这么多字
 
 
 def read(name):
     path = ROOT / name
-    if path.suffix == ".jsonl":              # 同一步的训练行和验证行合在一起
+    if path.suffix == ".jsonl":  # 同一步的训练行和验证行合在一起
         rows = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             rows.setdefault(str(row.get("step", "settings")), {}).update(row)
         return rows
-    if path.suffix == ".py":                 # SETTINGS 表里的默认值
+    if path.suffix == ".py":  # SETTINGS 表里的默认值
         return dict(re.findall(r'^    \("(\w+)", ([\d.]+),', path.read_text(encoding="utf-8"), re.M))
-    if path.suffix == ".log":                # 整理语料时打印的计数：名字，后面是各来源的数；这里取合计
+    if path.suffix == ".log":  # 整理语料时打印的计数：名字，后面是各来源的数；这里取合计
         text = path.read_text(encoding="utf-8").partition("\n写好 ")[0]
-        return {name: sum(float(number.replace(",", "")) for number in numbers.split())
-                for name, numbers in re.findall(r"\b([a-z_]+) +([\d][\d,. ]*)", text)} | console_sums(text)
+        return {
+            name: sum(float(number.replace(",", "")) for number in numbers.split())
+            for name, numbers in re.findall(r"\b([a-z_]+) +([\d][\d,. ]*)", text)
+        } | console_sums(text)
     data = json.loads(path.read_text(encoding="utf-8"))
     return data | ADDED[path.name](data) if path.name in ADDED else data
 
@@ -58,8 +60,13 @@ def console_sums(text):
 
 def ablation_ratios(data):
     """“比不改”的倍数。"""
-    return {"ratio": {key.removeprefix("default/"): row["tokens_per_second"] / row["unchanged"]
-                      for key, row in data["rows"].items() if key.startswith("default/") and row.get("unchanged")}}
+    return {
+        "ratio": {
+            key.removeprefix("default/"): row["tokens_per_second"] / row["unchanged"]
+            for key, row in data["rows"].items()
+            if key.startswith("default/") and row.get("unchanged")
+        }
+    }
 
 
 def demo_conversion(config):
@@ -67,23 +74,37 @@ def demo_conversion(config):
     loss = read("results/demo/train_log.jsonl")[str(config["total_steps"])]["eval_loss"]
     sources = config["eval_sources"].values()
     tokens = sum(source["end"] - source["start"] for source in sources)
-    return {"bits_per_token": loss / math.log(2), "probability": math.exp(-loss),
-            "characters_per_token": sum(source["characters"] for source in sources) / tokens,
-            "times_uniform": config["vocab_size"] * math.exp(-loss),
-            "epochs": config["total_steps"] / config["steps_per_epoch"]}
+    return {
+        "bits_per_token": loss / math.log(2),
+        "probability": math.exp(-loss),
+        "characters_per_token": sum(source["characters"] for source in sources) / tokens,
+        "times_uniform": config["vocab_size"] * math.exp(-loss),
+        "epochs": config["total_steps"] / config["steps_per_epoch"],
+    }
 
 
 def repetition_means(data):
     """每个设置几个种子的平均。"""
     rows = data["rows"]
-    return {"mean": {name: {key: statistics.mean(row[key] for row in rows if row["setting"] == name)
-                            for key in ("distinct_2", "repeated_4")} for name in {row["setting"] for row in rows}}}
+    return {
+        "mean": {
+            name: {
+                key: statistics.mean(row[key] for row in rows if row["setting"] == name)
+                for key in ("distinct_2", "repeated_4")
+            }
+            for name in {row["setting"] for row in rows}
+        }
+    }
 
 
 def full_size_rows(data):
     """“真实大小”的三行，不靠行号；minutes 是合计。"""
-    rows = {word: row for word in ("清洗", "分词器", "打包") for row in data["rows"]
-            if row["scale"] == "真实大小" and row["pipeline"].startswith("本项目") and word in row["pipeline"]}
+    rows = {
+        word: row
+        for word in ("清洗", "分词器", "打包")
+        for row in data["rows"]
+        if row["scale"] == "真实大小" and row["pipeline"].startswith("本项目") and word in row["pipeline"]
+    }
     return {"full": rows | {"minutes": sum(row["seconds"] for row in rows.values()) / 60}}
 
 
@@ -91,8 +112,13 @@ def space_medians(data):
     return {"median": {key: statistics.median(row[key] for row in data["rows"]) for key in data["rows"][0]}}
 
 
-ADDED = {"ablation-cpu.json": ablation_ratios, "config.json": demo_conversion, "repetition.json": repetition_means,
-         "data_prep.json": full_size_rows, "space_speed.json": space_medians}
+ADDED = {
+    "ablation-cpu.json": ablation_ratios,
+    "config.json": demo_conversion,
+    "repetition.json": repetition_means,
+    "data_prep.json": full_size_rows,
+    "space_speed.json": space_medians,
+}
 
 
 def look_up(name, path):
@@ -102,9 +128,11 @@ def look_up(name, path):
         keys = [str(key) for key in (range(len(value)) if isinstance(value, list) else value)]
         fitting = [key for key in keys if f"{rest}.".startswith(f"{key}.")]
         if not fitting:
-            sys.exit(f"错误：{name} 里没有 {path}（找不到 {rest}）；改 README 里的出处，或 docs/readme_numbers.py 的 ADDED")
+            sys.exit(
+                f"错误：{name} 里没有 {path}（找不到 {rest}）；改 README 里的出处，或 docs/readme_numbers.py 的 ADDED"
+            )
         key = max(fitting, key=len)
-        value, rest = value[int(key) if isinstance(value, list) else key], rest[len(key) + 1:]
+        value, rest = value[int(key) if isinstance(value, list) else key], rest[len(key) + 1 :]
     return value if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value) else float(value)
 
 
@@ -112,8 +140,10 @@ def log_line(step):
     config, row = read("results/demo/config.json"), read("results/demo/train_log.jsonl")[step]
     total, speed = config["total_steps"], row["tokens_per_second"]
     seconds = (total - int(step)) * config["effective_batch_size"] * config["block_size"] / speed
-    return (f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
-            f"MFU {speed * config['flops_per_token'] / 312e12:.0%} | 剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->")
+    return (
+        f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
+        f"MFU {speed * config['flops_per_token'] / 312e12:.0%} | 剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
+    )
 
 
 def marks(text):
@@ -137,7 +167,9 @@ def printed_as(value, like):
 
 def blocks(text):
     """空行分开的段，不算代码块；注释紧跟在空行后面的，归前一段。"""
-    text = re.sub(r"^```.*?^```\n", "", re.sub(r"^ *```.*?^ *```\n", "", text, flags=re.S | re.M), flags=re.S | re.M)
+    text = re.sub(
+        r"^```.*?^```\n", "", re.sub(r"^ *```.*?^ *```\n", "", text, flags=re.S | re.M), flags=re.S | re.M
+    )
     text = re.sub(r"\n\n(<!-- (?:出处|算|资料))", r"\n\1", text)
     return [block for block in text.split("\n\n") if not block.startswith("    ")]
 
@@ -157,8 +189,10 @@ def problems(text):
     for line in LOG_LINE.finditer(text):
         if line[0] != log_line(line[1]):
             found.append(f"日志应当是 {log_line(line[1])}，README 写 {line[0]}")
-    samples = [json.loads(line) for line in
-               (ROOT / "results/demo/samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = [
+        json.loads(line)
+        for line in (ROOT / "results/demo/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for shown, step, prompt in SAMPLE.findall(text):
         if not any(str(row["step"]) == step and row["text"].startswith(shown) for row in samples):
             found.append(f"第 {step} 步 {prompt} 的续写不是日志里的：{shown}")
@@ -167,19 +201,27 @@ def problems(text):
 
 def updated(text):
     """有出处的数、续写和日志换成 results/ 里现在的；一段一段来，别处同样的数不动。"""
-    samples = {(row["step"], row["prompt"]): " ".join(row["text"].replace("|", "｜").split()) for row in map(
-        json.loads, (ROOT / "results/demo/samples.jsonl").read_text(encoding="utf-8").splitlines())}
+    samples = {
+        (row["step"], row["prompt"]): " ".join(row["text"].replace("|", "｜").split())
+        for row in map(
+            json.loads, (ROOT / "results/demo/samples.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    }
 
     def one(block):
         for name, path, old in sorted(set(marks(block)), key=lambda mark: -len(mark[1])):
             new = printed_as(look_up(name, path), old)
-            if old != new:                   # 先做记号，免得换成的新数又被当成旧的
+            if old != new:  # 先做记号，免得换成的新数又被当成旧的
                 block = block.replace(f"{path}={old}", f"{path}=\0{new}")
                 shown = re.escape(old.replace("␣", " ")).replace("%", " ?%")
                 block = re.sub(rf"(?<![\d.,=\0]){shown}(?![\d])", f"\0{new.replace('␣', ' ')}", block)
         block = LOG_LINE.sub(lambda found: log_line(found[1]), block.replace("\0", ""))
-        return SAMPLE.sub(lambda found: f"| {samples[int(found[2]), found[3]][:SAMPLE_LENGTH]} "
-                                        f"<!-- 续写 {found[2]} {found[3]} -->", block)
+        return SAMPLE.sub(
+            lambda found: (
+                f"| {samples[int(found[2]), found[3]][:SAMPLE_LENGTH]} <!-- 续写 {found[2]} {found[3]} -->"
+            ),
+            block,
+        )
 
     return "\n\n".join(map(one, text.split("\n\n")))
 

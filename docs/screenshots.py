@@ -1,7 +1,7 @@
 """README 里网页的截图：桌面 1280 像素宽，手机 390 像素宽（四个标签页拼成一张）。
 
-    apt-get install -y chromium chromium-driver fonts-noto-cjk
-    python docs/screenshots.py --model gpt2-chinese          # 写 docs/images/space-*.png
+apt-get install -y chromium chromium-driver fonts-noto-cjk
+python docs/screenshots.py --model gpt2-chinese          # 写 docs/images/space-*.png
 """
 
 import argparse
@@ -20,8 +20,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import space_speed  # noqa: E402
 import test_space  # noqa: E402
 
-TABS = {"generate": ("生成", "start", "output"), "growth": ("成长", "both", "growth-右"),
-        "pieces": ("分词", None, "pieces"), "next": ("下一个词", None, "bars")}
+TABS = {
+    "generate": ("生成", "start", "output"),
+    "growth": ("成长", "both", "growth-右"),
+    "pieces": ("分词", None, "pieces"),
+    "next": ("下一个词", None, "bars"),
+}
 
 
 def shoot(browser, name, path, width):
@@ -49,7 +53,9 @@ def side_by_side(paths, output):
     for picture in pictures:
         canvas.paste(picture, (left, 0))
         left += picture.width + gap
-    canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS).save(output, optimize=True)
+    canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS).save(
+        output, optimize=True
+    )
 
 
 def main():
@@ -59,8 +65,11 @@ def main():
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     port = space_speed.free_port()
-    process = subprocess.Popen([sys.executable, ROOT / "space" / "app.py", "--model", args.model],
-                               env=os.environ | {"GRADIO_SERVER_PORT": str(port)}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "space" / "app.py", "--model", args.model],
+        env=os.environ | {"GRADIO_SERVER_PORT": str(port)},
+        stdout=subprocess.DEVNULL,
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         space_speed.wait_for(url)

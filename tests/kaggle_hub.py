@@ -45,8 +45,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self.path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply({"error": "Invalid user token"}, 401)
         line = f"{self.command} {self.path.split('?')[0]}"
-        action, found = next(((action, found) for pattern, action in ROUTES
-                              if (found := re.fullmatch(pattern, line))), (None, None))
+        action, found = next(
+            ((action, found) for pattern, action in ROUTES if (found := re.fullmatch(pattern, line))),
+            (None, None),
+        )
         return action(self, *found.groups()) if action else self.reply({"error": line}, 404)
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_any
@@ -62,20 +64,45 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self):
         hub = self.server.hub
-        self.reply({"id": "me/state", "_id": "1", "private": hub.private, "tags": [], "downloads": 0,
-                    "likes": 0, "sha": SHA, "siblings": [{"rfilename": path} for path in hub.files]})
+        self.reply(
+            {
+                "id": "me/state",
+                "_id": "1",
+                "private": hub.private,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "sha": SHA,
+                "siblings": [{"rfilename": path} for path in hub.files],
+            }
+        )
 
     def tree(self):
         files = self.server.hub.files
-        self.reply([{"type": "file", "oid": oid, "path": path, "size": len(self.server.hub.objects[oid])}
-                    for path, oid in files.items()])
+        self.reply(
+            [
+                {"type": "file", "oid": oid, "path": path, "size": len(self.server.hub.objects[oid])}
+                for path, oid in files.items()
+            ]
+        )
 
     def preupload(self):
         paths = [file["path"] for file in json.loads(self.body)["files"]]
         large = (".safetensors", ".pt", ".bin")
         modes = {path: "lfs" if path.endswith(large) else "regular" for path in paths}
-        self.reply({"files": [{"path": path, "shouldIgnore": False, "uploadMode": mode,
-                               "oid": self.server.hub.files.get(path)} for path, mode in modes.items()]})
+        self.reply(
+            {
+                "files": [
+                    {
+                        "path": path,
+                        "shouldIgnore": False,
+                        "uploadMode": mode,
+                        "oid": self.server.hub.files.get(path),
+                    }
+                    for path, mode in modes.items()
+                ]
+            }
+        )
 
     def batch(self):
         objects = []
@@ -118,9 +145,11 @@ API = r"/api/models/me/state"
 ROUTES = [
     (r"POST /api/repos/create", Handler.create),
     (r"GET /api/whoami-v2", lambda self: self.reply({"name": "me"})),
-    (rf"GET {API}(?:/revision/\w+)?", Handler.info), (rf"GET {API}/tree/\w+.*", Handler.tree),
+    (rf"GET {API}(?:/revision/\w+)?", Handler.info),
+    (rf"GET {API}/tree/\w+.*", Handler.tree),
     (r"POST /api/validate-yaml", lambda self: self.reply({"errors": [], "warnings": []})),
-    (rf"POST {API}/preupload/main", Handler.preupload), (r"PUT /lfs/(\w+)", Handler.put),
+    (rf"POST {API}/preupload/main", Handler.preupload),
+    (r"PUT /lfs/(\w+)", Handler.put),
     (r"POST /me/state\.git/info/lfs/objects/batch", Handler.batch),
     (rf"POST {API}/commit/main", Handler.commit),
     (r"(?:GET|HEAD) /me/state/resolve/\w+/(.+)", Handler.resolve),

@@ -21,8 +21,15 @@ import processes
 import reference_curves
 
 SHAPE = dict(vocab_size=300, n_layer=2, n_embd=32, n_head=2, block_size=16)
-CONSTANTS = ("WARMUP", "WEIGHT_DECAY", "BETAS", "learning_rate_scale", "build_model", "generate_samples",
-             "save_final_model")
+CONSTANTS = (
+    "WARMUP",
+    "WEIGHT_DECAY",
+    "BETAS",
+    "learning_rate_scale",
+    "build_model",
+    "generate_samples",
+    "save_final_model",
+)
 
 
 def settings(monkeypatch, *argv, **changes):
@@ -71,8 +78,11 @@ def test_every_row_of_the_ablation_is_accepted(monkeypatch, base, size):
         a100_train.read_settings()
         for patch in patches:
             key = patch.partition("=")[0]
-            assert key.startswith(("args.", "config.")) or key in patched_train.PATCHES or (
-                patch in patched_train.PATCHES or hasattr(a100_train, key)), patch
+            assert (
+                key.startswith(("args.", "config."))
+                or key in patched_train.PATCHES
+                or (patch in patched_train.PATCHES or hasattr(a100_train, key))
+            ), patch
 
 
 def test_options_of_the_process_comparison_exist(monkeypatch):
@@ -80,6 +90,7 @@ def test_options_of_the_process_comparison_exist(monkeypatch):
 
 
 # ==== 补丁 ====
+
 
 def test_unknown_patch_is_one_line():
     with pytest.raises(SystemExit, match="错误：没有补丁"):
@@ -100,8 +111,15 @@ def test_forward_and_mask_do_not_change_the_loss(unpatched, monkeypatch):
 
 
 def test_schedule_constants_config_and_vocabulary(unpatched, monkeypatch):
-    patched_train.apply_patches(["schedule=cosine", "WARMUP=0.2", "config.activation_function=gelu_new",
-                                 "config.initializer_range=0.01", "vocab_extra=20"])
+    patched_train.apply_patches(
+        [
+            "schedule=cosine",
+            "WARMUP=0.2",
+            "config.activation_function=gelu_new",
+            "config.initializer_range=0.01",
+            "vocab_extra=20",
+        ]
+    )
     scales = [a100_train.learning_rate_scale(step, 100) for step in (0, 19, 60, 100)]
     assert scales == pytest.approx([0.05, 1, 0.5, 0])
     model = a100_train.build_model(settings(monkeypatch, "--preset", "demo", **SHAPE))
@@ -110,6 +128,7 @@ def test_schedule_constants_config_and_vocabulary(unpatched, monkeypatch):
 
 
 # ==== 消融 ====
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="这里只走 CPU 的一路")
 def test_ablation_really_measures_a_row(work_dir):
@@ -128,8 +147,15 @@ def test_ablation_resumes_and_records_what_it_cannot(work_dir, tmp_path, monkeyp
     """没有显卡的一行记为未测；量过的不再量；时间到了就停；训练脚本变了就从头量。"""
     argv = ["--base", work_dir, "--results", tmp_path, "--only", "^default/(激活 gelu_new|注意力 flash)"]
     measured = []
-    row = {"tokens_per_second": 2.0, "slowest": 1.0, "fastest": 3.0, "mfu": 0.1, "peak_memory_bytes": 1e9,
-           "first_window_extra_seconds": 0.0, "eval_loss": 5.0}
+    row = {
+        "tokens_per_second": 2.0,
+        "slowest": 1.0,
+        "fastest": 3.0,
+        "mfu": 0.1,
+        "peak_memory_bytes": 1e9,
+        "first_window_extra_seconds": 0.0,
+        "eval_loss": 5.0,
+    }
     monkeypatch.setattr(ablation, "measured_peak", lambda: (1e11, "假装的"))
     monkeypatch.setattr(ablation, "measure", lambda *args: measured.append(args) or dict(row))
     for _ in range(2):
@@ -147,6 +173,7 @@ def test_ablation_resumes_and_records_what_it_cannot(work_dir, tmp_path, monkeyp
 
 
 # ==== 每一步的比较 ====
+
 
 def test_plain_gpt2_is_the_same_model(monkeypatch):
     """cpu_step 里的普通 GPT-2 与 transformers 的同样权重时，损失和梯度相同：比的是同一件事。"""
@@ -174,14 +201,18 @@ def test_three_contestants_do_the_same_steps(work_dir, monkeypatch, optimizer):
 
 # ==== 参考曲线 ====
 
+
 def demo_config(**changes):
-    return {name: values[-1] for name, _, _, *values in a100_train.SETTINGS} | {
-        "optim": "muon", "learning_rate": a100_train.LEARNING_RATES["demo"][0], "total_steps": 1350} | changes
+    return (
+        {name: values[-1] for name, _, _, *values in a100_train.SETTINGS}
+        | {"optim": "muon", "learning_rate": a100_train.LEARNING_RATES["demo"][0], "total_steps": 1350}
+        | changes
+    )
 
 
 def test_committed_reference_is_todays_demo():
     """演示的 config.json 里的键，和曲线的设置一字不差地对得上；换一个就对不上。"""
-    curve, = json.loads((ROOT / "results/reference_curves.json").read_text("utf-8"))
+    (curve,) = json.loads((ROOT / "results/reference_curves.json").read_text("utf-8"))
     steps = [1, *range(10, 1351, 10)]
     assert plot_loss.find_reference(demo_config(**curve["corpus"]), steps) == curve
     assert plot_loss.find_reference(demo_config(**curve["corpus"]) | {"n_layer": 3}, steps) is None
@@ -196,13 +227,15 @@ def test_reference_curve_from_runs(tmp_path, monkeypatch):
         (tmp_path / f"run{seed}").mkdir()
         text = json.dumps(config | {"seed": seed}, default=str)
         (tmp_path / f"run{seed}/config.json").write_text(text, "utf-8")
-        rows = [json.dumps({"step": step, "loss": 8.0 - step / 100, "tokens_per_second": 5.0}) + "\n"
-                for step in (1, 10, 20, 30, 40)]
+        rows = [
+            json.dumps({"step": step, "loss": 8.0 - step / 100, "tokens_per_second": 5.0}) + "\n"
+            for step in (1, 10, 20, 30, 40)
+        ]
         (tmp_path / f"run{seed}/train_log.jsonl").write_text("".join(rows), "utf-8")
     folders, output = [tmp_path / "run42", tmp_path / "run43"], tmp_path / "curves.json"
     for _ in range(2):
         call(reference_curves, *folders, "--name", "x", "--output", output)
-    curve, = json.loads(output.read_text("utf-8"))
+    (curve,) = json.loads(output.read_text("utf-8"))
     monkeypatch.setattr(plot_loss, "REFERENCE", output)
     assert plot_loss.find_reference(config, [1, 10, 20, 30, 40]) == curve
     assert curve["tokens"][0] == 10 * 2048 and curve["loss"][1] == 7.8 and curve["seeds"] == [42, 43]

@@ -18,19 +18,44 @@ import train_tokenizer
 
 EVENING = ["prepare_corpus.py", "train_tokenizer.py", "a100_train.py", "plot_loss.py"]
 # 行数和字节数的上限：一个晚上读得完，又不许把行挤密（CONTRIBUTING.md）；还没有写的文件跳过
-BUDGETS = {"prepare_corpus.py": (340, 21_000), "train_tokenizer.py": (230, 14_000),
-           "a100_train.py": (615, 37_000), "plot_loss.py": (180, 11_000), "doctor.py": (300, 18_000),
-           "kaggle_pretrain_combined.py": (750, 46_000), "generate.py": (150, 9_000),
-           "publish.py": (200, 12_000), "space/app.py": (300, 18_000),
-           "README.md": (450, 60_000)}
+BUDGETS = {
+    "prepare_corpus.py": (340, 21_000),
+    "train_tokenizer.py": (230, 14_000),
+    "a100_train.py": (615, 37_000),
+    "plot_loss.py": (180, 11_000),
+    "doctor.py": (300, 18_000),
+    "kaggle_pretrain_combined.py": (750, 46_000),
+    "generate.py": (150, 9_000),
+    "publish.py": (200, 12_000),
+    "space/app.py": (300, 18_000),
+    "README.md": (450, 60_000),
+}
 EVENING_BUDGET = (1350, 82_000)
 LINE_LIMIT, FUNCTION_LIMIT, SHARED_LIMIT = 110, 45, 40
-SHARED = {"read_report": 3, "new_folder": 2, "run": 3}       # 函数：至少在几个脚本里
+SHARED = {"read_report": 3, "new_folder": 2, "run": 3}  # 函数：至少在几个脚本里
 # 不许出现的调用：Windows 上没有，或者在那里报错
-POSIX_ONLY = ["os.pread", "os.pwrite", "os.fork", "os.fsync", "os.setsid", "os.killpg", "os.getuid",
-              "os.geteuid",
-              "os.posix_fadvise", "os.sched_getaffinity", "os.uname", "signal.SIGKILL",
-              "signal.SIGALRM", "signal.alarm", "signal.pause", "fcntl", "resource", "pwd", "grp", "termios"]
+POSIX_ONLY = [
+    "os.pread",
+    "os.pwrite",
+    "os.fork",
+    "os.fsync",
+    "os.setsid",
+    "os.killpg",
+    "os.getuid",
+    "os.geteuid",
+    "os.posix_fadvise",
+    "os.sched_getaffinity",
+    "os.uname",
+    "signal.SIGKILL",
+    "signal.SIGALRM",
+    "signal.alarm",
+    "signal.pause",
+    "fcntl",
+    "resource",
+    "pwd",
+    "grp",
+    "termios",
+]
 PATHS = [*EVENING, *(name for name in BUDGETS if name.endswith(".py") and name not in EVENING)]
 SCRIPTS = [name for name in PATHS if (ROOT / name).exists()]
 
@@ -44,6 +69,7 @@ def functions(tree):
 
 
 # ==== 篇幅 ====
+
 
 def size_of(name):
     """(行数, 字节数)。"""
@@ -79,12 +105,13 @@ def test_function_length_and_no_class_inside(name):
 @pytest.mark.parametrize("name", SCRIPTS + [f"tests/{p.name}" for p in sorted((ROOT / "tests").glob("*.py"))])
 def test_line_length(name):
     """按字符数算（汉字算一个）。"""
-    limit = LINE_LIMIT if name in SCRIPTS else 125           # 测试不是给初学者读的，宽一点
+    limit = LINE_LIMIT if name in SCRIPTS else 125  # 测试不是给初学者读的，宽一点
     long = [i for i, line in enumerate(source(name).split("\n"), 1) if len(line) > limit]
     assert not long, f"{name} 第 {long} 行超过 {limit} 字符"
 
 
 # ==== 每个脚本可以单独拷走 ====
+
 
 @pytest.mark.parametrize("name", EVENING)
 def test_no_local_imports(name):
@@ -107,9 +134,13 @@ def test_no_local_imports(name):
 def definitions(name):
     """脚本顶层的函数和类：{名字: 连同装饰器的源码}。"""
     lines = source(name).split("\n")
-    return {node.name: "\n".join(lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1:
-                                       node.end_lineno])
-            for node in ast.parse(source(name)).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {
+        node.name: "\n".join(
+            lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno]
+        )
+        for node in ast.parse(source(name)).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
 
 
 @pytest.mark.parametrize("function", SHARED)
@@ -131,7 +162,7 @@ def test_other_functions_of_the_same_name_are_few():
 def test_shared_part_is_short_and_last(name):
     """共用的不超过 40 行，在文件末尾，标题说明可以跳过。"""
     shared = [definitions(name)[function] for function in SHARED if function in definitions(name)]
-    assert sum(len(text.splitlines()) for text in shared) <= SHARED_LIMIT + 4      # 另加函数之间的空行
+    assert sum(len(text.splitlines()) for text in shared) <= SHARED_LIMIT + 4  # 另加函数之间的空行
     heading = [line for line in source(name).splitlines() if line.startswith("# ====")][-1]
     assert "跳过" in heading
     for text in shared:
@@ -141,10 +172,14 @@ def test_shared_part_is_short_and_last(name):
 
 # ==== Trainer 公开的门 ====
 
+
 def trainer_classes():
     tree = ast.parse(source("a100_train.py"))
-    return [node for node in tree.body if isinstance(node, ast.ClassDef)
-            and any("Trainer" in ast.unparse(base) for base in node.bases)]
+    return [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any("Trainer" in ast.unparse(base) for base in node.bases)
+    ]
 
 
 def test_no_private_method_of_trainer_is_overridden_or_patched():
@@ -161,6 +196,7 @@ def test_no_private_method_of_trainer_is_overridden_or_patched():
 
 
 # ==== Windows 和 Mac ====
+
 
 @pytest.mark.parametrize("name", EVENING)
 def test_no_posix_only_calls(name):
@@ -192,6 +228,7 @@ def test_text_files_are_opened_as_utf8(name):
 
 
 # ==== 数值 ====
+
 
 def defaults(preset):
     column = 3 if preset == "full" else -1
@@ -230,9 +267,17 @@ def test_help_where_roots_folder_is_closed(name, tmp_path):
         "    if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith('/root/autodl-tmp'):\n"
         "        raise PermissionError(13, 'Permission denied', os.fspath(path))\n"
         "    return original(path, *args, **kwargs)\n"
-        "os.stat = refused\n", "utf-8")
+        "os.stat = refused\n",
+        "utf-8",
+    )
     if name == "kaggle_pretrain_combined.py":
         pytest.skip("它没有命令行，也不看这个文件夹")
-    result = subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, encoding="utf-8",
-                            env=environment() | {"PYTHONPATH": str(tmp_path)}, timeout=120)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / name), "--help"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment() | {"PYTHONPATH": str(tmp_path)},
+        timeout=120,
+    )
     assert result.returncode == 0 and "usage" in result.stdout, result.stderr

@@ -23,10 +23,24 @@ ARGUMENTS = [*TINY, "--optim", "adamw_torch_fused"]
 
 def torchrun(arguments, processes=2, nodes=("--standalone",)):
     """启动 torchrun；输出（stdout 和 stderr 在一起）在 .stdout。nodes 是多机时的参数。"""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes,
-               ROOT / "a100_train.py", *arguments]
-    return subprocess.Popen(list(map(str, command)), env=environment(), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, encoding="utf-8", start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        *nodes,
+        ROOT / "a100_train.py",
+        *arguments,
+    ]
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+    )
 
 
 def finish(process, timeout=200):
@@ -55,7 +69,9 @@ def check_same(work, expected):
     assert ours.keys() == theirs.keys()
     for name in theirs:
         a, b = ours[name], theirs[name]
-        if name.endswith("c_attn.bias"):     # k 的偏置加在每个位置上，softmax 里抵消：梯度只有舍入误差，Adam 又把它放大
+        if name.endswith(
+            "c_attn.bias"
+        ):  # k 的偏置加在每个位置上，softmax 里抵消：梯度只有舍入误差，Adam 又把它放大
             a, b = (torch.cat([q, v]) for q, _, v in (a.chunk(3), b.chunk(3)))
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=name)
     rows, expected_rows = (read_jsonl(folder / "train_log.jsonl") for folder in (work, expected))
@@ -63,8 +79,13 @@ def check_same(work, expected):
         values = [(row["step"], row[key]) for row in rows if key in row]
         expected_values = [(row["step"], row[key]) for row in expected_rows if key in row]
         assert [step for step, _ in values] == [step for step, _ in expected_values]
-        torch.testing.assert_close([value for _, value in values], [value for _, value in expected_values],
-                                   atol=2e-4, rtol=1e-3 if key == "grad_norm" else 1e-4, msg=key)
+        torch.testing.assert_close(
+            [value for _, value in values],
+            [value for _, value in expected_values],
+            atol=2e-4,
+            rtol=1e-3 if key == "grad_norm" else 1e-4,
+            msg=key,
+        )
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
 
 
@@ -91,13 +112,18 @@ def test_two_processes_equal_one(one, work_dir, tmp_path):
 def test_two_nodes_equal_one(one, work_dir, tmp_path):
     """两台“机器”：两个 torchrun，经 127.0.0.1 会合，同一个工作目录。"""
     shutil.copytree(work_dir, tmp_path / "work")
-    for timeout in (90, 200):                # 找到的空闲端口可能恰好又被别人占去，两边就会合不上：换一个端口再来一次
+    for timeout in (90, 200):  # 找到的空闲端口可能恰好又被别人占去，两边就会合不上：换一个端口再来一次
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        nodes = [torchrun([*ARGUMENTS, "--work_dir", tmp_path / "work"], 1,
-                          ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
-                           f"--master_port={port}")) for rank in (0, 1)]
+        nodes = [
+            torchrun(
+                [*ARGUMENTS, "--work_dir", tmp_path / "work"],
+                1,
+                ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+            )
+            for rank in (0, 1)
+        ]
         try:
             outputs = [finish(node, timeout) for node in nodes]
             break
@@ -105,7 +131,9 @@ def test_two_nodes_equal_one(one, work_dir, tmp_path):
             for node in nodes:
                 if node.poll() is None:
                     os.killpg(node.pid, signal.SIGKILL)
-            assert timeout == 90 and not (tmp_path / "work/checkpoints").exists(), "会合以后才卡住的，不是端口的事"
+            assert timeout == 90 and not (tmp_path / "work/checkpoints").exists(), (
+                "会合以后才卡住的，不是端口的事"
+            )
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "步 6/6" in outputs[0] and "步 6/6" not in outputs[1]
     check_same(tmp_path / "work", one)
@@ -127,17 +155,27 @@ def test_each_step_sees_the_same_blocks(micro_batch):
 
 def test_sigterm_to_torchrun_then_one_process(copied, no_plot):
     """两个进程，SIGTERM 停在商量好的一步，检查点存好；换成一个进程从那里接着，每步恰一行。"""
-    arguments = [*ARGUMENTS[:ARGUMENTS.index("--max_steps") + 1], 200,
-                 *ARGUMENTS[ARGUMENTS.index("--max_steps") + 2:], "--eval_steps", 100, "--work_dir", copied]
+    arguments = [
+        *ARGUMENTS[: ARGUMENTS.index("--max_steps") + 1],
+        200,
+        *ARGUMENTS[ARGUMENTS.index("--max_steps") + 2 :],
+        "--eval_steps",
+        100,
+        "--work_dir",
+        copied,
+    ]
     process, log, end = torchrun(arguments), copied / "train_log.jsonl", time.time() + 150
-    while time.time() < end and process.poll() is None and not (
-            log.exists() and '"step": 5,' in log.read_text("utf-8")):
+    while (
+        time.time() < end
+        and process.poll() is None
+        and not (log.exists() and '"step": 5,' in log.read_text("utf-8"))
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     stopped = re.search(r"停在第 (\d+) 步，检查点已存好。接着训练：同一条命令", output)
     assert process.returncode != 0 and stopped and 5 <= int(stopped[1]) < 200, output
-    assert output.count("停在第") == 1 and "a100_train.py\", line" not in output
+    assert output.count("停在第") == 1 and 'a100_train.py", line' not in output
     assert a100_train.newest_checkpoint(copied).name == f"checkpoint-{stopped[1]}"
     call(a100_train, *arguments)
     assert [row["step"] for row in read_jsonl(log) if "loss" in row] == list(range(1, 201))
@@ -146,7 +184,7 @@ def test_sigterm_to_torchrun_then_one_process(copied, no_plot):
 def test_error_of_rank_zero_ends_the_job(one, tmp_path):
     """0 号进程发现设置变了：整个任务以非零退出，各进程一共只说一行；等着的进程随即退出，不用等它超时。"""
     shutil.copytree(one, tmp_path / "work")
-    logs = ("--standalone", "--redirects", 3, "--log-dir", tmp_path / "logs")   # 各进程的输出各写各的文件
+    logs = ("--standalone", "--redirects", 3, "--log-dir", tmp_path / "logs")  # 各进程的输出各写各的文件
     arguments, start = [*ARGUMENTS, "--work_dir", tmp_path / "work", "--seed", 7], time.time()
     process = torchrun(arguments, nodes=logs)
     report = finish(process)

@@ -19,6 +19,7 @@ import doctor
 @pytest.fixture
 def server():
     """本机的小网站：数据集的文件有 5 MB，/slow 开头的不应答，其余 404。"""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path.startswith("/slow"):
@@ -41,8 +42,15 @@ def test_presets_and_model_are_the_ones_that_are_trained():
     column = {"full": 3, "demo": -1}
     for preset, values in doctor.PRESETS.items():
         trained = {row[0]: row[column[preset]] for row in a100_train.SETTINGS}
-        for name in ("vocab_size", "n_layer", "n_embd", "n_head", "block_size", "batch_size",
-                     "effective_batch_size"):
+        for name in (
+            "vocab_size",
+            "n_layer",
+            "n_embd",
+            "n_head",
+            "block_size",
+            "batch_size",
+            "effective_batch_size",
+        ):
             assert values[name] == trained[name], (preset, name)
     values = doctor.PRESETS["demo"]
     trained = a100_train.build_model(SimpleNamespace(**values, attn="sdpa", liger=False, seed=0))
@@ -59,17 +67,19 @@ def test_demo_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor.examine_speed, "__defaults__", (0.2,))
     call(doctor, "--preset", "demo", "--offline", "--work_dir", tmp_path / "work", "--price_per_hour", 3600)
     output = capsys.readouterr().out
-    assert "hf_secret" not in output and all(re.match("(正常|注意|不行)  ", line) for line in output.splitlines())
+    assert "hf_secret" not in output and all(
+        re.match("(正常|注意|不行)  ", line) for line in output.splitlines()
+    )
     assert list(tmp_path.iterdir()) == []
     speed = float(re.search(r"每秒 ([\d,]+) token", output)[1].replace(",", ""))
     cost = float(re.search(r"共 ([\d.]+) 元", output)[1])
-    assert cost == pytest.approx(1350 * 2048 / speed, rel=0.01)             # 每小时 3600 元就是每秒 1 元
+    assert cost == pytest.approx(1350 * 2048 / speed, rel=0.01)  # 每小时 3600 元就是每秒 1 元
     assert "980,992 参数，微批量 32" in output
 
 
 def test_full_without_gpu_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "examine_speed", lambda *_: iter([]))       # CPU 上全尺寸的一步要十来秒
+    monkeypatch.setattr(doctor, "examine_speed", lambda *_: iter([]))  # CPU 上全尺寸的一步要十来秒
     with pytest.raises(SystemExit) as stop:
         call(doctor, "--offline", "--work_dir", tmp_path)
     assert stop.value.code == 1 and "不行  没有 CUDA 显卡" in capsys.readouterr().out
@@ -80,10 +90,10 @@ def test_bad_price():
 
 
 def test_disk(tmp_path, monkeypatch):
-    (level, text), = doctor.examine_disk(tmp_path / "a" / "b", 0.001)
+    ((level, text),) = doctor.examine_disk(tmp_path / "a" / "b", 0.001)
     assert level == doctor.OK and not (tmp_path / "a").exists()
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1 << 30))
-    (level, text), = doctor.examine_disk(tmp_path, 14)
+    ((level, text),) = doctor.examine_disk(tmp_path, 14)
     assert level == doctor.BAD and "剩 1.0 GB" in text and "--work_dir" in text
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert doctor.BAD in [level for level, _ in doctor.examine_disk(tmp_path / "file", 0)]
@@ -97,11 +107,14 @@ def test_versions(tmp_path, monkeypatch):
         if name not in found:
             raise importlib.metadata.PackageNotFoundError(name)
         return found[name]
+
     monkeypatch.setattr(importlib.metadata, "version", version)
     path = tmp_path / "requirements.txt"
-    path.write_text("# 说明\n\ntorch>=2.6,<2.14   # 张量\ntransformers>=5.0,<6\naccelerate>=1.1,<2\npyarrow>=18\n"
-                    'datasets>=4\nbitsandbytes>=0.45; python_version > "3"\nfoo>=1; python_version < "3"\n',
-                    encoding="utf-8")
+    path.write_text(
+        "# 说明\n\ntorch>=2.6,<2.14   # 张量\ntransformers>=5.0,<6\naccelerate>=1.1,<2\npyarrow>=18\n"
+        'datasets>=4\nbitsandbytes>=0.45; python_version > "3"\nfoo>=1; python_version < "3"\n',
+        encoding="utf-8",
+    )
     lines = [line for line in doctor.examine_versions(path) if "有驱动" not in line[1]]
     assert [level for level, _ in lines] == ["不行", "注意", "不行", "注意", "注意", "正常"]
     assert "torch 2.4.0+cu121" in lines[0][1] and "accelerate 1.15.0" in lines[-1][1]
@@ -113,7 +126,7 @@ def test_project_requirements():
     lines = list(doctor.examine_versions(ROOT / "requirements.txt"))
     assert "不行" not in [level for level, _ in lines], lines
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    assert doctor.REQUIRED <= set(re.findall(r"^([\w-]+)[>=]", text, re.M))
+    assert set(re.findall(r"^([\w-]+)[>=]", text, re.M)) >= doctor.REQUIRED
 
 
 def test_network(server, monkeypatch):
@@ -131,9 +144,14 @@ def test_network(server, monkeypatch):
     assert "hf_secret" not in str(lines) and "export HF_ENDPOINT" in lines[2][1]
 
 
-@pytest.mark.parametrize(("name", "major", "minor", "words"), [
-    ("Tesla T4", 7, 5, "没有 bf16，用 fp16"), ("NVIDIA A100-SXM4-40GB", 8, 0, "；bf16；torch 自带 FlashAttention"),
-    ("Tesla K80", 3, 7, "太旧")])
+@pytest.mark.parametrize(
+    ("name", "major", "minor", "words"),
+    [
+        ("Tesla T4", 7, 5, "没有 bf16，用 fp16"),
+        ("NVIDIA A100-SXM4-40GB", 8, 0, "；bf16；torch 自带 FlashAttention"),
+        ("Tesla K80", 3, 7, "太旧"),
+    ],
+)
 def test_cards(monkeypatch, name, major, minor, words):
     card = namedtuple("Card", "name major minor total_memory")(name, major, minor, 16 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -151,6 +169,7 @@ def test_out_of_memory_halves_the_micro_batch(monkeypatch):
         if len(tokens) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, tokens, dtype)
+
     monkeypatch.setattr(doctor, "micro_step", scarce)
     values = doctor.PRESETS["demo"]
     batch_size, micro, update, loss = doctor.measure(doctor.new_model(**values), values, "cpu", None, 0.05)
@@ -168,8 +187,9 @@ def test_wrong_loss(monkeypatch, loss):
 def test_broken_gpu_is_one_line(monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: no kernel image is available\nmore\n")
+
     monkeypatch.setattr(doctor, "measure", broken)
-    (level, text), = doctor.examine_speed("demo", 0, 0.1)
+    ((level, text),) = doctor.examine_speed("demo", 0, 0.1)
     assert level == "不行" and "no kernel image" in text and "\n" not in text
 
 

@@ -37,6 +37,7 @@ def exit_code(*argv):
 
 # ==== SIGKILL ====
 
+
 def test_killed_six_times(tmp_path):
     """在随机的时刻杀六次，最后与没有打断的逐位相同，日志每步恰一行。"""
     result = fault_injection.inject(tmp_path, 6, seed=1, starter=fault_injection.Forked, documents=500)
@@ -55,7 +56,12 @@ def test_differences_are_noticed(work, finished):
     (work / ".corpus.tmp").mkdir()
     (work / ".corpus.lock").touch()
     problems = " ".join(fault_injection.differences(finished, work))
-    for word in ("final_model/model.safetensors 不一样", "步不全或重复", "train_log.jsonl 的数不一样", "留下了 .corpus.tmp"):
+    for word in (
+        "final_model/model.safetensors 不一样",
+        "步不全或重复",
+        "train_log.jsonl 的数不一样",
+        "留下了 .corpus.tmp",
+    ):
         assert word in problems
     assert "lock" not in problems
 
@@ -68,19 +74,27 @@ def test_killed_while_writing_a_checkpoint(work, finished, no_plot, step, writte
     for other in range(step + 1, STEPS + 1):
         shutil.rmtree(work / f"checkpoints/checkpoint-{other}", ignore_errors=True)
     folder, past = work / f"checkpoints/checkpoint-{step}", False
-    for name in ("config.json", "model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt",
-                 "rng_state.pth", "trainer_state.json"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ):
         if past:
             (folder / name).unlink(missing_ok=True)
         past |= name == written
     (folder / written).write_bytes((folder / written).read_bytes()[:1000])
     log = work / "train_log.jsonl"
-    log.write_bytes(log.read_bytes()[:-20])                 # 最后一行也只写了一半
+    log.write_bytes(log.read_bytes()[:-20])  # 最后一行也只写了一半
     call(a100_train, "--work_dir", work, *TINY)
     assert fault_injection.differences(finished, work) == []
 
 
 # ==== 信号和时限 ====
+
 
 def start(work, steps, log, *extra):
     training = list(map(str, TINY))
@@ -154,10 +168,16 @@ def test_signal_during_the_vote_is_not_lost(monkeypatch, tmp_path):
     """几个进程正在商量停不停（各自已交出“不停”）时来了信号：这一步照商量好的继续，下一次商量就停。"""
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stop = a100_train.StopRequest(argparse.Namespace(max_hours=None, snapshots=False, total_steps=9,
-                                                         work_dir=tmp_path, parameters=1))
-        monkeypatch.setattr(a100_train.accelerate.utils, "gather_object",
-                            lambda votes: (stop.request(signal.SIGTERM, None), votes)[1])
+        stop = a100_train.StopRequest(
+            argparse.Namespace(
+                max_hours=None, snapshots=False, total_steps=9, work_dir=tmp_path, parameters=1
+            )
+        )
+        monkeypatch.setattr(
+            a100_train.accelerate.utils,
+            "gather_object",
+            lambda votes: (stop.request(signal.SIGTERM, None), votes)[1],
+        )
         state = transformers.TrainerState(global_step=3)
         for expected in (False, True):
             control = transformers.TrainerControl()
@@ -170,6 +190,7 @@ def test_signal_during_the_vote_is_not_lost(monkeypatch, tmp_path):
 
 
 # ==== 密钥，和文件里的代码 ====
+
 
 def test_token_is_written_nowhere(work_dir, tmp_path, monkeypatch, capfd, no_plot):
     """HF_TOKEN 在环境里：不出现在任何文件（包括 training_args.bin）和任何一行输出里。"""

@@ -28,7 +28,7 @@ def test_streams_prompt_and_text_only(run_folder, capsys):
     first = written(capsys, "中国的历史", "--model", run_folder / "final_model", "--max_new_tokens", 20)
     again = written(capsys, "中国的历史", "--model", run_folder, "--max_new_tokens", 20)
     other = written(capsys, "中国的历史", "--model", run_folder, "--max_new_tokens", 20, "--seed", 7)
-    assert first.out == again.out != other.out                   # 工作目录和 final_model/ 是同一个模型
+    assert first.out == again.out != other.out  # 工作目录和 final_model/ 是同一个模型
     assert first.out.startswith("中国的历史") and first.out.endswith("\n") and "\ufffd" not in first.out
     assert "20 个词块" in first.err and "种子 42" in first.err and "[" not in first.out
 
@@ -39,22 +39,35 @@ def test_greedy_is_generate(run_folder, capsys):
     model = AutoModelForCausalLM.from_pretrained(run_folder / "final_model", dtype=torch.float32)
     ids = tokenizer("今天天气", return_tensors="pt")
     output = model.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=0)
-    shown = written(capsys, "今天天气", "--model", run_folder, "--temperature", 0, "--repetition_penalty", 1,
-                    "--max_new_tokens", 12)
+    shown = written(
+        capsys,
+        "今天天气",
+        "--model",
+        run_folder,
+        "--temperature",
+        0,
+        "--repetition_penalty",
+        1,
+        "--max_new_tokens",
+        12,
+    )
     assert shown.out == tokenizer.decode(output[0]).replace("\ufffd", "") + "\n"
 
 
-@pytest.mark.parametrize("pieces, shown, broken", [
-    (["<0xE9>", "<0xBA>", "<0x92>"], ["", "", "麒", "\n"], 0),
-    (["天", "<0xE9>", "<0xBA>"], ["天", "", "", "\n"], 1),                       # 写到一半就停：半个字不显示
-    (["<0xE9>", "<0xBA>", "天"], ["", "", "天", "\n"], 1),                       # 被别的词块打断
-    (["<0xE9>", "<0xBA>", "<0x92>", "<0xE9>", "天"], ["", "", "麒", "", "天", "\n"], 1),
-    (["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "</s>"], ["", "", "", "\U0001f600", "", "\n"], 0),
-])
+@pytest.mark.parametrize(
+    "pieces, shown, broken",
+    [
+        (["<0xE9>", "<0xBA>", "<0x92>"], ["", "", "麒", "\n"], 0),
+        (["天", "<0xE9>", "<0xBA>"], ["天", "", "", "\n"], 1),  # 写到一半就停：半个字不显示
+        (["<0xE9>", "<0xBA>", "天"], ["", "", "天", "\n"], 1),  # 被别的词块打断
+        (["<0xE9>", "<0xBA>", "<0x92>", "<0xE9>", "天"], ["", "", "麒", "", "天", "\n"], 1),
+        (["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "</s>"], ["", "", "", "\U0001f600", "", "\n"], 0),
+    ],
+)
 def test_half_characters_are_held_back(capsys, pieces, shown, broken):
     tokenizer = tiny_run.tokenizer()
     printer, seen = generate.Printer(tokenizer, 2), []
-    printer.put(torch.tensor([[5, 6]]))                                           # 提示词
+    printer.put(torch.tensor([[5, 6]]))  # 提示词
     for token in tokenizer.convert_tokens_to_ids(pieces):
         printer.put(torch.tensor([token]))
         seen.append(capsys.readouterr().out)
@@ -64,10 +77,15 @@ def test_half_characters_are_held_back(capsys, pieces, shown, broken):
 
 
 def test_snapshots(run_folder, capsys):
-    compared = written(capsys, "人工智能是", "--model", run_folder / "final_model", "--compare",
-                       "--max_new_tokens", 9)
+    compared = written(
+        capsys, "人工智能是", "--model", run_folder / "final_model", "--compare", "--max_new_tokens", 9
+    )
     assert re.findall(r"第 (\d+) 步；第 \d+ 步的验证损失 (\S+)\]", compared.err) == [
-        ("0", "5.9"), ("10", "4.2"), ("100", "None"), ("200", "2.5")]
+        ("0", "5.9"),
+        ("10", "4.2"),
+        ("100", "None"),
+        ("200", "2.5"),
+    ]
     one = written(capsys, "人工智能是", "--model", run_folder, "--snapshot", 10, "--max_new_tokens", 9)
     assert "人工智能是" + compared.out.split("人工智能是")[2] == one.out
 
@@ -97,22 +115,25 @@ def test_from_hub(run_folder, tmp_path, capsys, monkeypatch):
     assert asked[1] == ("me/tiny", "snapshots/step-10/*")
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["", "--seed", 1], "提示词是空的"),
-    (["  \n"], "提示词是空的"),
-    (["天" * 64], "提示词有 64 个词块，模型的上下文只有 64"),
-    (["天" * 100_000], "模型的上下文只有 64"),
-    (["天", "--temperature", -1], "--temperature 是 -1.0；要在 0 到 100"),
-    (["天", "--temperature", "nan"], "--temperature 是 nan"),
-    (["天", "--top_p", 0], "--top_p 是 0.0"),
-    (["天", "--top_k", -1], "--top_k 是 -1"),
-    (["天", "--repetition_penalty", "inf"], "--repetition_penalty 是 inf"),
-    (["天", "--max_new_tokens", 0], "--max_new_tokens 是 0；要在 1"),
-    (["天", "--seed", 2**64], "--seed 是"),
-    (["天", "--snapshot", 50], "只有第 0、10、100、200 步的快照"),
-    (["天", "--model", "someone/nothing"], "没有文件夹 someone/nothing，Hub 上也取不到"),
-    (["天", "--model", "a/b/c"], "没有文件夹 a/b/c"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["", "--seed", 1], "提示词是空的"),
+        (["  \n"], "提示词是空的"),
+        (["天" * 64], "提示词有 64 个词块，模型的上下文只有 64"),
+        (["天" * 100_000], "模型的上下文只有 64"),
+        (["天", "--temperature", -1], "--temperature 是 -1.0；要在 0 到 100"),
+        (["天", "--temperature", "nan"], "--temperature 是 nan"),
+        (["天", "--top_p", 0], "--top_p 是 0.0"),
+        (["天", "--top_k", -1], "--top_k 是 -1"),
+        (["天", "--repetition_penalty", "inf"], "--repetition_penalty 是 inf"),
+        (["天", "--max_new_tokens", 0], "--max_new_tokens 是 0；要在 1"),
+        (["天", "--seed", 2**64], "--seed 是"),
+        (["天", "--snapshot", 50], "只有第 0、10、100、200 步的快照"),
+        (["天", "--model", "someone/nothing"], "没有文件夹 someone/nothing，Hub 上也取不到"),
+        (["天", "--model", "a/b/c"], "没有文件夹 a/b/c"),
+    ],
+)
 def test_bad_input(run_folder, argv, words):
     message = error_of(generate, *argv, *([] if "--model" in argv else ["--model", run_folder]))
     assert words in message and "\n" not in message
@@ -139,8 +160,9 @@ def test_bytes_that_are_no_text(run_folder, capsys):
 def test_closed_pipe_is_quiet(run_folder):
     """| head：没有 traceback。"""
     command = [sys.executable, ROOT / "generate.py", "天", "--model", run_folder, "--compare"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     assert process.stdout.read(1) == "天"
     process.stdout.close()
     errors = process.stderr.read()

@@ -54,14 +54,16 @@ def test_sdpa_uses_a_flash_kernel():
 )
 def test_flash_attention_2_equals_eager():
     (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(model_on_gpu(name), torch.bfloat16) for name in ("eager", "flash_attention_2"))
+        loss_and_gradient(model_on_gpu(name), torch.bfloat16) for name in ("eager", "flash_attention_2")
+    )
     assert loss_a == pytest.approx(loss_b, abs=0.02) and close(gradient_a, gradient_b, 0.05)
 
 
 @pytest.mark.skipif(not AMPERE, reason="这张显卡没有 bf16")
 def test_bf16_is_close_to_fp32():
     (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(model_on_gpu(), dtype) for dtype in (None, torch.bfloat16))
+        loss_and_gradient(model_on_gpu(), dtype) for dtype in (None, torch.bfloat16)
+    )
     assert loss_a == pytest.approx(loss_b, abs=0.02) and close(gradient_a, gradient_b, 0.05)
 
 
@@ -85,7 +87,8 @@ def test_compile_equals_eager_mode():
 @pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="没有装 liger-kernel")
 def test_liger_equals_the_plain_loss():
     (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(model_on_gpu(liger=liger)) for liger in (False, True))
+        loss_and_gradient(model_on_gpu(liger=liger)) for liger in (False, True)
+    )
     assert loss_a == pytest.approx(loss_b, abs=1e-3) and close(gradient_a, gradient_b, 1e-2)
 
 
@@ -93,8 +96,28 @@ def test_liger_equals_the_plain_loss():
 def test_training_with_the_default_speed_settings(copied):
     """显卡上的默认组合（8 位 AdamW、bf16、compile）从命令行跑几步，存出模型。"""
     call(
-        a100_train, "--work_dir", copied, "--n_layer", 2, "--n_embd", 128, "--n_head", 2, "--block_size",
-        64, "--batch_size", 4, "--effective_batch_size", 8, "--max_steps", 4, "--eval_steps", 2,
-        "--logging_steps", 1, "--optim", "adamw_bnb_8bit",
+        a100_train,
+        "--work_dir",
+        copied,
+        "--n_layer",
+        2,
+        "--n_embd",
+        128,
+        "--n_head",
+        2,
+        "--block_size",
+        64,
+        "--batch_size",
+        4,
+        "--effective_batch_size",
+        8,
+        "--max_steps",
+        4,
+        "--eval_steps",
+        2,
+        "--logging_steps",
+        1,
+        "--optim",
+        "adamw_bnb_8bit",
     )
     assert (copied / "final_model/model.safetensors").exists()

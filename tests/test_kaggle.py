@@ -23,12 +23,14 @@ FILE, GUIDE = ROOT / "kaggle_pretrain_combined.py", ROOT / "docs" / "kaggle"
 SOURCE = FILE.read_text(encoding="utf-8")
 sys.path.insert(0, str(GUIDE))
 # 一个几秒钟就训练完的设置
-SMALL = {'PRESET = "full"': 'PRESET = "demo"', "PROCESSES = None": "PROCESSES = 2",
-         "logging_steps=10": "logging_steps=5",
-         "vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64":
-             "vocab_size=900, n_layer=1, n_embd=32, n_head=2, block_size=32",
-         "max_steps=1350, eval_steps=225": "max_steps=20, eval_steps=10",
-         "zip(*demo_documents(), strict=True)": "zip(*islice(demo_documents(), 0, None, 25), strict=True)"}
+SMALL = {
+    'PRESET = "full"': 'PRESET = "demo"',
+    "PROCESSES = None": "PROCESSES = 2",
+    "logging_steps=10": "logging_steps=5",
+    "vocab_size=4_500, n_layer=2, n_embd=128, n_head=4, block_size=64": "vocab_size=900, n_layer=1, n_embd=32, n_head=2, block_size=32",
+    "max_steps=1350, eval_steps=225": "max_steps=20, eval_steps=10",
+    "zip(*demo_documents(), strict=True)": "zip(*islice(demo_documents(), 0, None, 25), strict=True)",
+}
 
 
 def edited(source, tree, **constants):
@@ -55,8 +57,14 @@ def environment(**more):
 def run_as_script(folder, tree, **constants):
     script = folder / "script.py"
     script.write_text(edited(SOURCE, tree, **constants), encoding="utf-8")
-    return subprocess.run([sys.executable, str(script)], cwd=folder, env=environment(), capture_output=True,
-                          encoding="utf-8", timeout=280)
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=280,
+    )
 
 
 def load(tree, **constants):
@@ -85,14 +93,17 @@ def kaggle(tmp_path):
 
 # ==== 1. 拼装，预算，与脚本一致 ====
 
+
 def test_committed_file_is_assembled():
     """失败了就运行 python docs/kaggle/assemble.py，再提交。"""
     import assemble
+
     assert assemble.assemble() == SOURCE
 
 
 def test_assemble_refuses_what_is_gone():
     import assemble
+
     for line in "no_such_name", "pack - no_such_word", "pack ~ no_such_text => x":
         assert error_of(assemble.expand, f"#@ a100_train: {line}")
 
@@ -105,9 +116,13 @@ def test_budget():
 
 def test_settings_are_those_of_the_scripts():
     import a100_train
+
     rows = {row[0]: row[3:] for row in a100_train.SETTINGS}
-    tables = {node.targets[0].id: node.value.keywords for node in ast.parse(SOURCE).body
-              if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("dict(")}
+    tables = {
+        node.targets[0].id: node.value.keywords
+        for node in ast.parse(SOURCE).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("dict(")
+    }
     for table, column in ("FULL", 0), ("DEMO", -1):
         for keyword in tables[table]:
             assert rows[keyword.arg][column] == ast.literal_eval(keyword.value), keyword.arg
@@ -115,9 +130,13 @@ def test_settings_are_those_of_the_scripts():
 
 def test_training_arguments_are_those_of_a100_train():
     def arguments(source):
-        call = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
-                    and ast.unparse(node.func) == "transformers.TrainingArguments")
+        call = next(
+            node
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "transformers.TrainingArguments"
+        )
         return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
     ours, theirs = arguments(SOURCE), arguments((ROOT / "a100_train.py").read_text(encoding="utf-8"))
     assert theirs.keys() - ours.keys() == {"torch_compile", "tf32", "activation_checkpointing"}
     assert ours.keys() <= theirs.keys()
@@ -130,8 +149,20 @@ def test_cleaning_and_split_are_those_of_prepare_corpus(kaggle, real_texts):
     import pandas as pd
 
     import prepare_corpus
-    texts = real_texts["news"][:2000] + real_texts["reviews"][:2000] + real_texts["news"][:50] + [
-        "", "短", "<p>一段<br>文字</p>&amp;后面", "文字。发布于 2023-01-01", "####@@@@$$$$%%%%", "a\u2581b\u200b 中文\r\n"]
+
+    texts = (
+        real_texts["news"][:2000]
+        + real_texts["reviews"][:2000]
+        + real_texts["news"][:50]
+        + [
+            "",
+            "短",
+            "<p>一段<br>文字</p>&amp;后面",
+            "文字。发布于 2023-01-01",
+            "####@@@@$$$$%%%%",
+            "a\u2581b\u200b 中文\r\n",
+        ]
+    )
     assert [kaggle.clean(text) for text in texts] == [prepare_corpus.clean(text)[0] for text in texts]
     batch = kaggle.clean_batch({"text": texts})
     sources = np.arange(len(texts)) // 3000
@@ -149,6 +180,7 @@ def test_muon_direction_in_fp16(kaggle):
 
     class OnT4(torch.Tensor):
         is_cuda = True
+
     torch.manual_seed(0)
     kaggle.torch.cuda.get_device_capability, before = lambda: (7, 5), kaggle.torch.cuda.get_device_capability
     try:
@@ -165,6 +197,7 @@ def test_muon_direction_in_fp16(kaggle):
 def test_grad_scaler_skips_an_overflow(kaggle):
     """fp16 的梯度溢出时，GradScaler 跳过整步：矩阵（Muon）和其余（AdamW）都不动；下一步照常。"""
     import torch
+
     kaggle.s.vocab_size = 900
     model = kaggle.build_model(kaggle.s)
     groups = kaggle.parameter_groups(model, 1e-3, 0.02)
@@ -186,12 +219,14 @@ def test_grad_scaler_skips_an_overflow(kaggle):
 
 # ==== 2. 训练前就该说清的错误 ====
 
+
 def gpu(name="Tesla T4", major=7, minor=5, memory=15_835_660_288):
     return types.SimpleNamespace(name=name, major=major, minor=minor, total_memory=memory)
 
 
-@pytest.mark.parametrize("gpus, words", [
-    ([], "GPU T4 x2"), ([gpu("Tesla P100-PCIE-16GB", 6, 0)], "计算能力 6.0.*选择 T4 x2")])
+@pytest.mark.parametrize(
+    "gpus, words", [([], "GPU T4 x2"), ([gpu("Tesla P100-PCIE-16GB", 6, 0)], "计算能力 6.0.*选择 T4 x2")]
+)
 def test_wrong_accelerator(kaggle, monkeypatch, gpus, words):
     monkeypatch.setattr(kaggle.torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(kaggle.torch.cuda, "get_device_properties", lambda i: gpus[i])
@@ -217,6 +252,7 @@ def test_t4_settings(kaggle, monkeypatch, capsys, count, batch, accumulation):
 def test_no_internet(kaggle, monkeypatch):
     def closed(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
+
     monkeypatch.setattr(kaggle.urllib.request, "urlopen", closed)
     kaggle.PRESET = "full"
     assert "打开右侧 Internet 开关" in error_of(kaggle.read_texts)
@@ -255,6 +291,7 @@ def test_out_of_memory_starts_all_processes_again(kaggle, monkeypatch, capsys):
     def full(s):
         sizes.append(json.loads((kaggle.TEMP / "settings.json").read_text())["batch_size"])
         return (1, "torch.OutOfMemoryError: CUDA out of memory.") if len(sizes) < 3 else (0, "")
+
     kaggle.s.work_dir.mkdir()
     monkeypatch.setattr(kaggle, "run_processes", full)
     monkeypatch.setattr(kaggle, "definitions", lambda: "")
@@ -275,8 +312,10 @@ def test_stop_button(kaggle, capsys):
     kaggle.s.processes = 2
     (kaggle.TEMP / "train.py").write_text(
         f"import time\nfrom pathlib import Path\nwhile not Path({str(kaggle.STOP)!r}).exists():\n"
-        "    time.sleep(0.1)\nprint('存好了')\n", encoding="utf-8")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)     # 在后台启动的 shell 里，它是被忽略的
+        "    time.sleep(0.1)\nprint('存好了')\n",
+        encoding="utf-8",
+    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # 在后台启动的 shell 里，它是被忽略的
     try:
         threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
         assert kaggle.run_processes(kaggle.s) == (0, "")
@@ -287,6 +326,7 @@ def test_stop_button(kaggle, capsys):
 
 
 # ==== 3. 真的训练 ====
+
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
@@ -312,8 +352,9 @@ def test_script_trains_with_two_processes(long_run):
     assert (work_dir / "checkpoints" / "checkpoint-20" / "rng_state_1.pth").exists()
     assert (work_dir / "loss_curve.png").stat().st_size > 10_000
     kept = {path.name for path in work_dir.parent.iterdir()}
-    assert kept == {"gpt2-chinese"} and not (work_dir / "corpus").exists()       # 大而临时的都在别处
+    assert kept == {"gpt2-chinese"} and not (work_dir / "corpus").exists()  # 大而临时的都在别处
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(work_dir / "final_model")
     text = "中国，你好！"
     tokenizer = AutoTokenizer.from_pretrained(work_dir / "final_model")
@@ -331,6 +372,7 @@ def need_jupyter():
 def execute(notebook, monkeypatch):
     """在真的 Jupyter 内核里逐格运行；返回各格的 (文字, 图片数)。"""
     import nbclient
+
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     nbclient.NotebookClient(notebook, timeout=280, kernel_name="python3").execute()
@@ -342,13 +384,14 @@ def outputs(notebook):
         for output in cell.get("outputs", []):
             text += output.get("text", "") if output.output_type == "stream" else ""
             pictures += "image/png" in output.get("data", {})
-    text = re.sub(r".*TqdmWarning: IProgress.*\n.*tqdm\n", "", text)      # 没有装 ipywidgets；Kaggle 有
+    text = re.sub(r".*TqdmWarning: IProgress.*\n.*tqdm\n", "", text)  # 没有装 ipywidgets；Kaggle 有
     return text, pictures
 
 
 def as_notebook(source, pasted=False):
     import jupytext
     import nbformat
+
     if pasted:
         return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     return jupytext.reads(source, fmt="py:percent")
@@ -401,7 +444,7 @@ def test_state_of_other_settings_is_refused(two_sessions, tmp_path):
     kaggle.s.n_layer = 1
     state = tree / "input/earlier/gpt2-chinese/checkpoints/checkpoint-5/optimizer.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    kaggle.restore(kaggle.s)                                        # 坏的检查点不算
+    kaggle.restore(kaggle.s)  # 坏的检查点不算
     assert not kaggle.s.work_dir.exists()
 
 
@@ -409,14 +452,21 @@ def small_program(tree, hub, folder, calls):
     """只有定义和 calls 的程序，对着假的 Hub；令牌由假的 kaggle_secrets 给。"""
     (folder / "kaggle_secrets.py").write_text(
         "class UserSecretsClient:\n    def get_secret(self, name):\n"
-        f"        return {{'HF_TOKEN': {TOKEN!r}}}[name]\n")
+        f"        return {{'HF_TOKEN': {TOKEN!r}}}[name]\n"
+    )
     body = ast.parse(edited(SOURCE, tree, UPLOAD="True")).body
     body = [node for node in body if not isinstance(node, ast.Expr)]
     (tree / "temp" / "gpt2-chinese-temp").mkdir(parents=True, exist_ok=True)
     (folder / "program.py").write_text(ast.unparse(ast.Module(body, [])) + f"\n{calls}\n", encoding="utf-8")
     more = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run([sys.executable, "program.py"], cwd=folder, env=environment(**more),
-                          encoding="utf-8", capture_output=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=folder,
+        env=environment(**more),
+        encoding="utf-8",
+        capture_output=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture
@@ -429,12 +479,18 @@ def hub():
 def test_state_goes_through_a_private_repository(long_run, hub, tmp_path):
     tree = tree_in(tmp_path)
     shutil.copytree(long_run[0], tree / "working" / "gpt2-chinese")
-    for _ in range(2):                                              # 第二次什么也不用传
+    for _ in range(2):  # 第二次什么也不用传
         done = small_program(tree, hub, tmp_path, "upload(s)")
         assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr[-2000:]
     assert hub.exists and hub.private
-    assert {"packed/train.bin", "tokenizer/sentencepiece.model", "train_log.jsonl", "config.json",
-            "final_model/model.safetensors", "checkpoints/checkpoint-20/optimizer.pt"} <= hub.files.keys()
+    assert {
+        "packed/train.bin",
+        "tokenizer/sentencepiece.model",
+        "train_log.jsonl",
+        "config.json",
+        "final_model/model.safetensors",
+        "checkpoints/checkpoint-20/optimizer.pt",
+    } <= hub.files.keys()
     assert not any("checkpoint-10" in path for path in hub.files)
     assert TOKEN.encode() not in b"".join(hub.objects.values())
     shutil.rmtree(tree / "working" / "gpt2-chinese")
@@ -448,18 +504,21 @@ def test_state_goes_through_a_private_repository(long_run, hub, tmp_path):
 def test_public_repository_is_refused(hub, tmp_path):
     hub.private = False
     done = small_program(tree_in(tmp_path), hub, tmp_path, "restore(s)")
-    assert done.returncode == 1 and re.fullmatch(r"错误：me/state 是公开的.*\n", done.stderr) and not hub.commits
+    assert (
+        done.returncode == 1 and re.fullmatch(r"错误：me/state 是公开的.*\n", done.stderr) and not hub.commits
+    )
 
 
 def test_failing_training_stops_the_notebook(long_run, hub, tmp_path, monkeypatch):
     """显存不够，减半重来；又发散了：notebook 以错误结束，那一行话在，后面的格子没有运行，什么也没有上传。"""
     need_jupyter()
     import nbclient
+
     tree = tree_in(tmp_path)
     for name in ("packed", "tokenizer"):
         shutil.copytree(long_run[0] / name, tree / "working" / "gpt2-chinese" / name)
     monkeypatch.chdir(tmp_path)
-    small_program(tree, hub, tmp_path, "")                           # 写好 kaggle_secrets.py
+    small_program(tree, hub, tmp_path, "")  # 写好 kaggle_secrets.py
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     source = edited(SOURCE, tree, UPLOAD="True")
@@ -480,6 +539,7 @@ def test_command_of_the_guide_makes_the_notebook(tmp_path):
     """指南里的 jupytext 命令，原样运行。"""
     need_jupyter()
     import nbformat
+
     commands = set(re.findall(r"(?m)^ *(jupytext .+)$", (GUIDE / "README.md").read_text(encoding="utf-8")))
     (tmp_path / "docs" / "kaggle").mkdir(parents=True)
     shutil.copy(FILE, tmp_path)
@@ -500,7 +560,7 @@ def test_kernel_metadata_and_guide():
     assert metadata["code_file"] in guide
     for picture in re.findall(r"\]\(([\w/.-]+\.png)\)", guide):
         assert (GUIDE / picture).stat().st_size > 10_000
-    flops = 6 * (82_066_944 - 1024 * 768) + 12 * 8 * 768 * 1024              # 一个 token
+    flops = 6 * (82_066_944 - 1024 * 768) + 12 * 8 * 768 * 1024  # 一个 token
     rows = re.findall(r"\| (\d+) % \| ([\d.]+) k \| ([\d.]+) \| (\d) \| ([\d.]+) \| (\d) \|", guide)
     assert len(rows) == 4 and f"{flops / 1e8:.2f} 亿次" in guide
     for share, speed, *figures in rows:

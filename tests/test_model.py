@@ -40,14 +40,16 @@ def loss_and_gradient(model, batch=None):
 
 # ==== 结构 ====
 
+
 @pytest.mark.parametrize("size", [{}, dict(n_layer=2, n_embd=128, n_head=4, block_size=64, vocab_size=4500)])
 def test_parameter_count(work_dir, tmp_path, monkeypatch, size):
     """完整模型恰好 82,066,944 个参数；derive 的公式等于真的数一遍。"""
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
     full = {row[0]: row[3] for row in a100_train.SETTINGS}
     s = argparse.Namespace(**(full | size | dict(device="cpu", attn="sdpa", optim="muon", work_dir=tmp_path)))
-    monkeypatch.setattr(a100_train, "read_report", lambda *_: meta | {"vocab_size": s.vocab_size,
-                                                                      "train_tokens": 581_855_232})
+    monkeypatch.setattr(
+        a100_train, "read_report", lambda *_: meta | {"vocab_size": s.vocab_size, "train_tokens": 581_855_232}
+    )
     a100_train.derive(s)
     with torch.device("meta"):
         model = a100_train.build_model(s)
@@ -61,7 +63,7 @@ def test_parameter_count(work_dir, tmp_path, monkeypatch, size):
 
 def test_config_traps():
     config = tiny_model().config
-    assert config.pad_token_id is None                       # 否则每次前向都查一遍 padding
+    assert config.pad_token_id is None  # 否则每次前向都查一遍 padding
     assert (config.bos_token_id, config.eos_token_id, config.n_positions) == (2, 3, 16)
     assert config.activation_function == "gelu_pytorch_tanh"
     assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0 and config.use_cache is False
@@ -73,10 +75,12 @@ def test_config_traps():
 def test_same_seed_same_weights():
     def flat(seed):
         return torch.cat([p.flatten() for p in tiny_model(seed=seed).parameters()])
+
     assert torch.equal(flat(1), flat(1)) and not torch.equal(flat(1), flat(2))
 
 
 # ==== 因果性与注意力 ====
+
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_causality(attn):
@@ -95,7 +99,8 @@ def test_causality(attn):
 
 def test_eager_equals_sdpa():
     (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(tiny_model(attn=attn)) for attn in ("sdpa", "eager"))
+        loss_and_gradient(tiny_model(attn=attn)) for attn in ("sdpa", "eager")
+    )
     assert loss_a == pytest.approx(loss_b, abs=1e-5) and torch.allclose(gradient_a, gradient_b, atol=1e-6)
 
 
@@ -126,8 +131,13 @@ def compiled_graphs(model, batch):
     def backend(graph, _):
         for node in graph.graph.nodes:
             if node.op == "call_function" and "scaled_dot_product_attention" in str(node.target):
-                named = dict(zip(["query", "key", "value", "attn_mask", "dropout_p", "is_causal"], node.args,
-                                 strict=False)) | dict(node.kwargs)
+                named = dict(
+                    zip(
+                        ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"],
+                        node.args,
+                        strict=False,
+                    )
+                ) | dict(node.kwargs)
                 calls.append((named.get("attn_mask"), named.get("is_causal", False)))
         return graph.forward
 
@@ -142,7 +152,7 @@ def test_compiled_attention_is_causal_without_a_mask(checkpointing):
     if checkpointing:
         model.activation_checkpointing_enable()
     loss, gradient, calls = compiled_graphs(model, random_batch())
-    if not checkpointing:                                    # 重算的那一份在子图里，这里看不见
+    if not checkpointing:  # 重算的那一份在子图里，这里看不见
         assert calls == [(None, True)] * TINY["n_layer"]
     expected_loss, expected = loss_and_gradient(tiny_model().train())
     assert loss == pytest.approx(expected_loss, abs=1e-6) and torch.allclose(gradient, expected, atol=1e-6)
@@ -173,7 +183,7 @@ def test_generation_matches_step_by_step_argmax():
     model = tiny_model(block_size=32).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(3)                                        # 让分布不那么平，argmax 才稳
+            p.mul_(3)  # 让分布不那么平，argmax 才稳
     ids = expected = random_batch(1, 5)["input_ids"]
     config = transformers.GenerationConfig(max_new_tokens=15, do_sample=False, use_cache=True, pad_token_id=0)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -186,6 +196,7 @@ def test_generation_matches_step_by_step_argmax():
 
 # ==== 损失 ====
 
+
 def test_initial_loss_is_near_uniform():
     """随机初始化的模型就是均匀瞎猜：ln 500 = 6.215。"""
     assert loss_and_gradient(tiny_model(), random_batch(32))[0] == pytest.approx(math.log(500), abs=0.05)
@@ -197,7 +208,7 @@ def test_loss_equals_the_original_class():
     plain = transformers.GPT2LMHeadModel(model.config)
     plain.load_state_dict(model.state_dict())
     plain.loss_type = "ForCausalLM"
-    batch["labels"][:, -1] = -100                            # 原版的最后一个位置没有标签
+    batch["labels"][:, -1] = -100  # 原版的最后一个位置没有标签
     output = model(**batch)
     assert set(output) == {"loss"}
     theirs = plain(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
@@ -211,10 +222,14 @@ def test_loss_equals_the_original_class():
 def test_liger_gets_hidden_states_weights_and_labels(monkeypatch):
     """--liger 只在显卡上跑；这里把它的核换成普通的算法，看传给它的是不是对的东西：损失和梯度相同。"""
     functional = pytest.importorskip("liger_kernel.transformers.functional")
-    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy",
-                        lambda hidden, weight, labels: F.cross_entropy(hidden @ weight.T, labels))
+    monkeypatch.setattr(
+        functional,
+        "liger_fused_linear_cross_entropy",
+        lambda hidden, weight, labels: F.cross_entropy(hidden @ weight.T, labels),
+    )
     (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(tiny_model(liger=liger)) for liger in (False, True))
+        loss_and_gradient(tiny_model(liger=liger)) for liger in (False, True)
+    )
     assert loss_a == pytest.approx(loss_b, abs=1e-6) and torch.allclose(gradient_a, gradient_b, atol=1e-6)
 
 
@@ -226,6 +241,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 # ==== 优化器 ====
+
 
 def muon_for(model):
     groups = a100_train.parameter_groups(model, 1e-2, 2e-2)
@@ -266,8 +282,12 @@ def test_muon_equals_its_definition():
         model(**random_batch(seed=seed))["loss"].backward()
         for p, q in zip(model.parameters(), copy.parameters(), strict=True):
             q.grad = p.grad.clone()
-        expected = {p: one_by_one(p, momenta.setdefault(p, torch.zeros_like(p)), group)
-                    for group in optimizer.param_groups if group["split"] for p in group["params"]}
+        expected = {
+            p: one_by_one(p, momenta.setdefault(p, torch.zeros_like(p)), group)
+            for group in optimizer.param_groups
+            if group["split"]
+            for p in group["params"]
+        }
         optimizer.step()
         optimizer.zero_grad()
         adamw.step()
@@ -280,6 +300,7 @@ def test_muon_equals_its_definition():
 
 def test_q_k_v_are_orthogonalised_apart():
     """把 v 的梯度放大一千倍：q、k 那两份的更新不变，每一份的更新都是近似正交的。"""
+
     def update(scale):
         torch.manual_seed(0)
         weight, gradient = torch.nn.Parameter(torch.zeros(16, 48)), torch.randn(16, 48)
@@ -287,6 +308,7 @@ def test_q_k_v_are_orthogonalised_apart():
         weight.grad = gradient
         a100_train.Muon([dict(params=[weight], lr=1.0, weight_decay=0.0, split=3)]).step()
         return weight.detach().chunk(3, dim=1)
+
     for small, large in zip(update(1), update(1000), strict=True):
         assert torch.allclose(small, large, atol=1e-3)
         values = torch.linalg.svdvals(small)
@@ -329,12 +351,14 @@ def test_overflow_touches_nothing():
     def step(bad):
         scaler.scale(model(**random_batch())["loss"]).backward()
         if bad:
-            model.transformer.wpe.weight.grad[0, 0] = math.inf      # AdamW 管的一个数溢出，矩阵的那一半也不许动
+            model.transformer.wpe.weight.grad[0, 0] = math.inf  # AdamW 管的一个数溢出，矩阵的那一半也不许动
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return ([p.detach().clone() for p in model.parameters()],
-                [copy_of(optimizer.state[p]) for p in model.parameters()])
+        return (
+            [p.detach().clone() for p in model.parameters()],
+            [copy_of(optimizer.state[p]) for p in model.parameters()],
+        )
 
     weights, states = step(False)
     after_weights, after_states = step(True)
@@ -390,6 +414,7 @@ def test_learning_rate_scale():
 
 # ==== 评估 ====
 
+
 def evaluation(work_dir, **changes):
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
     return argparse.Namespace(**(dict(work_dir=work_dir, block_size=16, batch_size=8) | meta | changes))
@@ -416,8 +441,10 @@ class Spy:
 
     def __call__(self, input_ids, labels):
         assert input_ids.shape == labels.shape and input_ids.shape[1] == 16
-        self.seen += [(input_ids[row][labels[row] != -100], labels[row][labels[row] != -100])
-                      for row in range(len(labels))]
+        self.seen += [
+            (input_ids[row][labels[row] != -100], labels[row][labels[row] != -100])
+            for row in range(len(labels))
+        ]
         return {"loss": torch.tensor(1.0)}
 
 
@@ -428,7 +455,7 @@ def test_evaluation_predicts_every_token_once(work_dir):
     tokens = np.fromfile(work_dir / "packed/eval.bin", dtype=np.uint16)
     inputs, labels = (torch.cat(part).numpy() for part in zip(*spy.seen, strict=True))
     assert np.array_equal(labels, tokens)
-    expected = np.concatenate([[3], tokens[:-1]])             # 每个来源前面都是 </s>：前一个来源的结尾也正是它
+    expected = np.concatenate([[3], tokens[:-1]])  # 每个来源前面都是 </s>：前一个来源的结尾也正是它
     assert np.array_equal(inputs, expected)
     characters = sum(place["characters"] for place in s.eval_sources.values())
     assert metrics["eval_loss"] == pytest.approx(1.0)

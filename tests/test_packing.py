@@ -39,6 +39,7 @@ def corpus_of(work_dir, split):
 
 # ==== 打包 ====
 
+
 def test_train_file_holds_exactly_the_training_documents(work_dir, sp):
     """每篇恰好一次，次序不变，每篇后面一个 </s>；解码回来一字不差（无损）。"""
     tokens, texts = tokens_of(work_dir, "train"), [text for text, _ in corpus_of(work_dir, "train")]
@@ -52,7 +53,7 @@ def test_packed_ids_are_those_of_the_tokenizer(work_dir, sp):
     """train.bin 的前 200 篇与不切页、逐篇编码的编号相同：切页不改变编号。"""
     tokens, texts = tokens_of(work_dir, "train"), [text for text, _ in corpus_of(work_dir, "train")[:200]]
     expected = [token for text in texts for token in [*sp.encode(text), EOS]]
-    assert tokens[:len(expected)].tolist() == expected
+    assert tokens[: len(expected)].tolist() == expected
 
 
 def test_eval_file_holds_each_source(work_dir, sp):
@@ -63,7 +64,7 @@ def test_eval_file_holds_each_source(work_dir, sp):
         assert place["start"] == position
         position = place["end"]
         texts = [text for text, source in corpus_of(work_dir, "eval") if source == name]
-        assert documents_in(tokens[place["start"]:place["end"]], sp) == texts
+        assert documents_in(tokens[place["start"] : place["end"]], sp) == texts
         assert place["characters"] == sum(map(len, texts))
     assert position == len(tokens)
     assert not set(documents_in(tokens, sp)) & set(documents_in(tokens_of(work_dir, "train"), sp))
@@ -78,8 +79,19 @@ def test_unigram_entropy(work_dir):
     assert 3 < direct < math.log(VOCAB_SIZE)
 
 
-ODD = ["短。", "很长的一篇，有很多行\n" * 2000, "", "字" * 30_000, "a\n" * 20_000, "行\r\n" * 5000, "甲" * 8000,
-       "\n" * 9000, "甲" * 7999 + "\n" + "乙" * 9000 + "\n丙", "𠮷😀\u2028 \x85\t", "又短。"]
+ODD = [
+    "短。",
+    "很长的一篇，有很多行\n" * 2000,
+    "",
+    "字" * 30_000,
+    "a\n" * 20_000,
+    "行\r\n" * 5000,
+    "甲" * 8000,
+    "\n" * 9000,
+    "甲" * 7999 + "\n" + "乙" * 9000 + "\n丙",
+    "𠮷😀\u2028 \x85\t",
+    "又短。",
+]
 
 
 @pytest.mark.parametrize("i", range(len(ODD)))
@@ -107,6 +119,7 @@ def test_long_documents_are_encoded_like_their_lines(sp, real_texts):
 
 # ==== 缓存 ====
 
+
 def files_of(folder):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "packed").iterdir()}
 
@@ -132,7 +145,7 @@ def test_damaged_cache_is_rebuilt(copied, work_dir, name):
 
 @pytest.mark.parametrize(("folder", "key"), [("corpus", "corpus_hash"), ("tokenizer", "key")])
 def test_changed_inputs_are_repacked(copied, folder, key):
-    for name in {folder, "tokenizer"}:                # 语料变了，分词器的说明也跟着变，否则会重新训练它
+    for name in {folder, "tokenizer"}:  # 语料变了，分词器的说明也跟着变，否则会重新训练它
         path = copied / name / "report.json"
         path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: "另一份"}), "utf-8")
     before = files_of(copied)
@@ -160,10 +173,12 @@ def test_killed_while_packing_is_packed_again(copied, monkeypatch):
     monkeypatch.undo()
     prepare(copied)
     assert {name: content for name, (content, _) in before.items()}.items() <= {
-        name: content for name, (content, _) in files_of(copied).items()}.items()
+        name: content for name, (content, _) in files_of(copied).items()
+    }.items()
 
 
 # ==== 取块 ====
+
 
 @pytest.fixture
 def numbers(tmp_path):
@@ -225,4 +240,4 @@ def test_real_blocks_join_back_to_the_file(work_dir):
     n = len(tokens) // 64
     dataset = stream(work_dir / "packed/train.bin", length=n, block_size=64)
     ids = blocks(dataset, 256, n)["input_ids"].numpy()
-    assert np.array_equal(ids[np.argsort(dataset.order)].reshape(-1), tokens[:n * 64])
+    assert np.array_equal(ids[np.argsort(dataset.order)].reshape(-1), tokens[: n * 64])

@@ -14,8 +14,13 @@ from matplotlib import font_manager, image
 
 import plot_loss
 
-CONFIG = {"vocab_size": 3000, "unigram_entropy": 6.4, "steps_per_epoch": 40.0, "effective_batch_size": 32,
-          "block_size": 64}
+CONFIG = {
+    "vocab_size": 3000,
+    "unigram_entropy": 6.4,
+    "steps_per_epoch": 40.0,
+    "effective_batch_size": 32,
+    "block_size": 64,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +59,7 @@ def make_run(folder, factor=1.3, start=8.0, config=CONFIG):
 
 
 def check_png(path):
-    picture = image.imread(path)                 # 坏的 PNG 会抛异常
+    picture = image.imread(path)  # 坏的 PNG 会抛异常
     assert picture.shape[:2] == (780, 1300) and picture.std() > 0.01
 
 
@@ -83,10 +88,18 @@ def test_three_lines_without_config(tmp_path):
     check_png(tmp_path / "curve.png")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("不是日志\n", "不是训练日志"), ('{"step": "一", "loss": 1}\n', "不是训练日志"), ("[1]\n", "不是训练日志"),
-    ('{"step": 1, "loss": "高"}\n', "不是训练日志"), ("[" * 100_000 + "\n", "不是训练日志"),
-    ("", "还没有一个能画的"), ('{"step": 1, "loss": NaN}\n', "还没有一个能画的")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("不是日志\n", "不是训练日志"),
+        ('{"step": "一", "loss": 1}\n', "不是训练日志"),
+        ("[1]\n", "不是训练日志"),
+        ('{"step": 1, "loss": "高"}\n', "不是训练日志"),
+        ("[" * 100_000 + "\n", "不是训练日志"),
+        ("", "还没有一个能画的"),
+        ('{"step": 1, "loss": NaN}\n', "还没有一个能画的"),
+    ],
+)
 def test_rubbish_keeps_the_old_picture(tmp_path, text, words):
     (tmp_path / "curve.png").write_bytes(b"old")
     (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
@@ -106,13 +119,15 @@ def test_as_a_program(tmp_path):
     pipes = dict(capture_output=True, text=True, encoding="utf-8", timeout=100)
     bad = subprocess.run([*command, run / "train_log.jsonl" / "x.png"], env=environment(), **pipes)
     assert bad.returncode == 1 and bad.stderr.startswith("错误：") and bad.stderr.count("\n") == 1
-    good = subprocess.run([*command, tmp_path / "x.png"], **pipes,
-                          env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"})
+    good = subprocess.run(
+        [*command, tmp_path / "x.png"], **pipes, env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}
+    )
     assert good.returncode == 0 and f"{ROOT / 'plot_loss.py'}" not in good.stderr, good.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.png"]       # 没有留下临时文件
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.png"]  # 没有留下临时文件
 
 
 # ==== 字体 ====
+
 
 def test_without_a_chinese_font_labels_are_english(tmp_path, no_chinese_font):
     runs = [make_run(tmp_path / name) for name in ("实验一", "run-2")]
@@ -138,6 +153,7 @@ def test_font_installed_after_matplotlib_looked(chinese_font, monkeypatch):
 
 # ==== 图里有什么 ====
 
+
 def test_lines_hold_the_data(tmp_path):
     """浅色是原始值、圆点是验证集，一个点也不少；ln V、词频的熵、每一遍的边界；右边的轴是每字比特。"""
     run = plot_loss.read_run(make_run(tmp_path / "run"))
@@ -149,15 +165,16 @@ def test_lines_hold_the_data(tmp_path):
     flat = [line.get_ydata()[0] for line in lines if list(line.get_xdata()) == [0, 1]]
     assert flat == pytest.approx([math.log(3000), 6.4])
     assert [line.get_xdata()[0] for line in lines if list(line.get_ydata()) == [0, 1]] == [40.0, 80.0]
-    axes.figure.draw_without_rendering()             # 右边的轴画的时候才定
+    axes.figure.draw_without_rendering()  # 右边的轴画的时候才定
     low, high = axes.get_ylim()
     assert low < 6.4 < math.log(3000) < high
     assert axes.child_axes[0].get_ylim() == pytest.approx((low * 1.3, high * 1.3))
 
 
 def test_different_tokenizers_are_compared_in_bits(tmp_path):
-    runs = [plot_loss.read_run(make_run(tmp_path / name, factor))
-            for name, factor in (("a", 1.3), ("b", 0.9))]
+    runs = [
+        plot_loss.read_run(make_run(tmp_path / name, factor)) for name, factor in (("a", 1.3), ("b", 0.9))
+    ]
     axes = plot_loss.draw(runs, "en").axes[0]
     assert axes.get_ylabel() == plot_loss.LABELS["en"]["bits"]
     points = [line for line in axes.get_lines() if line.get_marker() == "o"]
@@ -166,8 +183,13 @@ def test_different_tokenizers_are_compared_in_bits(tmp_path):
 
 
 def test_reference_band_only_for_the_same_settings(tmp_path, monkeypatch):
-    curve = {"settings": {"vocab_size": 3000, "logging_steps": 5}, "corpus": {"train_tokens": 1000},
-             "tokens": [0, 100 * 2048], "loss": [8, 5], "spread": [0.1, 0.1]}
+    curve = {
+        "settings": {"vocab_size": 3000, "logging_steps": 5},
+        "corpus": {"train_tokens": 1000},
+        "tokens": [0, 100 * 2048],
+        "loss": [8, 5],
+        "spread": [0.1, 0.1],
+    }
     (tmp_path / "reference.json").write_text(json.dumps([curve]), encoding="utf-8")
     monkeypatch.setattr(plot_loss, "REFERENCE", tmp_path / "reference.json")
     for name, config, bands in (("same", {"train_tokens": 1005}, 1), ("other", {"train_tokens": 1100}, 0)):
@@ -175,7 +197,7 @@ def test_reference_band_only_for_the_same_settings(tmp_path, monkeypatch):
         found = plot_loss.draw([run], "en").axes[0].collections
         assert len(found) == bands
         for band in found:
-            assert band.get_datalim(band.axes.transData).x1 == pytest.approx(100)      # token 换成了步
+            assert band.get_datalim(band.axes.transData).x1 == pytest.approx(100)  # token 换成了步
 
 
 def test_smooth_does_not_lag():

@@ -31,8 +31,13 @@ def hub():
 
 def run(hub, work, *argv, token=TOKEN):
     """在子进程里跑：HF_ENDPOINT 要在 import 之前设好。等待缩成 0 秒。"""
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-                                "HF_HOME": str(work.parent / "no-login"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(work.parent / "no-login"),
+        "PYTHONPATH": str(ROOT),
+    }
     environment.pop("HF_TOKEN", None)
     environment |= {"HF_TOKEN": token} if token else {}
     command = [sys.executable, "-c", FAST, "--work_dir", work, *argv]
@@ -46,10 +51,16 @@ def test_model_is_private_and_complete(hub, work):
     assert done.returncode == 0, done.stderr
     repo = hub.repo("me/demo")
     assert repo["private"] and repo["commits"] == 1
-    assert "run_config.json" not in repo["files"] and "report.json" not in repo["files"]    # 里面有本机的路径
-    assert {"model.safetensors", "tokenizer.json", "config.json", "train_log.jsonl",
-            "README.md", "snapshots/step-100/model.safetensors",
-            "snapshots/step-0/snapshot.json"} <= set(repo["files"])
+    assert "run_config.json" not in repo["files"] and "report.json" not in repo["files"]  # 里面有本机的路径
+    assert {
+        "model.safetensors",
+        "tokenizer.json",
+        "config.json",
+        "train_log.jsonl",
+        "README.md",
+        "snapshots/step-100/model.safetensors",
+        "snapshots/step-0/snapshot.json",
+    } <= set(repo["files"])
     weights = (work / "final_model" / "model.safetensors").read_bytes()
     assert hub.content("me/demo", "model.safetensors") == weights
     assert b'"me/demo"' in hub.content("me/demo", "README.md")
@@ -75,7 +86,9 @@ def test_all_three(hub, work):
     assert set(space["files"]) == {"app.py", "requirements.txt", "README.md"}
 
 
-@pytest.mark.parametrize("existing_private, argv, word", [(False, [], "公开的"), (True, ["--public"], "私有的")])
+@pytest.mark.parametrize(
+    "existing_private, argv, word", [(False, [], "公开的"), (True, ["--public"], "私有的")]
+)
 def test_visibility_is_never_changed(hub, work, existing_private, argv, word):
     hub.repos["models/me/demo"] = {"private": existing_private, "files": {}, "commits": 0, "variables": {}}
     done = run(hub, work, "--repo", "me/demo", *argv)
@@ -83,12 +96,16 @@ def test_visibility_is_never_changed(hub, work, existing_private, argv, word):
     assert hub.repo("me/demo")["private"] == existing_private and hub.repo("me/demo")["commits"] == 0
 
 
-@pytest.mark.parametrize("faults", [
-    [("whoami", 503), ("GET /api/models", 429), ("repos/create", "drop")],
-    [("repos/create", 503), ("preupload", 429), ("batch", "drop")],
-    [("PUT /lfs", 503), ("PUT /lfs", "drop")],
-    [("commit", 503)],
-    [("commit", "drop")]])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [("whoami", 503), ("GET /api/models", 429), ("repos/create", "drop")],
+        [("repos/create", 503), ("preupload", 429), ("batch", "drop")],
+        [("PUT /lfs", 503), ("PUT /lfs", "drop")],
+        [("commit", 503)],
+        [("commit", "drop")],
+    ],
+)
 def test_faults_are_survived(hub, work, faults):
     """忙、断线：等一会儿接着传，最后什么都在，只有一次提交，没有一个文件多传一遍。"""
     hub.faults += faults
@@ -125,7 +142,11 @@ def test_dry_run_needs_nothing(work, capsys, monkeypatch):
     monkeypatch.setattr(publish, "get_token", lambda: pytest.fail("要了令牌"))
     call(publish, "--repo", "demo", "--work_dir", work, "--dry_run", "--what", "model,dataset,space")
     shown = capsys.readouterr().out
-    assert "model demo（私有）" in shown and "snapshots/step-200/model.safetensors" in shown and "app.py" in shown
+    assert (
+        "model demo（私有）" in shown
+        and "snapshots/step-200/model.safetensors" in shown
+        and "app.py" in shown
+    )
     size = (work / "final_model" / "model.safetensors").stat().st_size
     assert f"{size:,}  model.safetensors" in shown and "# 中文 GPT-2（演示）" in shown
 
@@ -139,9 +160,11 @@ def test_nothing_to_send(work, argv, tmp_path, monkeypatch):
 def test_card_holds_the_figures(work):
     card = publish.model_card(work, "me/demo")
     assert "（演示）" in card and "| 参数 | 49,000 |" in card and "| torch 的版本 | 2.13.0 |" in card
-    assert "| 训练用时 | 0.03 小时 |" in card                               # 200 步 × 0.5 秒
+    assert "| 训练用时 | 0.03 小时 |" in card  # 200 步 × 0.5 秒
     assert "| news | 95 | 9,500 | 5 |" in card and "平均每个词块 1.29 字" in card
-    assert "| 第 200 步 |" in card and "| 全部 | 2.500 | 2.800 |" in card and "| news | 2.400 | 2.700 |" in card
+    assert (
+        "| 第 200 步 |" in card and "| 全部 | 2.500 | 2.800 |" in card and "| news | 2.400 | 2.700 |" in card
+    )
     assert "    中国的历史，第 200 步写的 <b>一段</b>| 话。" in card and "第 0 步写的" not in card
 
 
@@ -149,7 +172,9 @@ def test_card_of_a_full_run(work, tmp_path):
     """不是演示就不说演示；没有记录的不写。"""
     tiny_run.write_json(tmp_path / "config.json", {"preset": "full", "n_layer": 8, "parameters": 82_066_944})
     card = publish.model_card(tmp_path, "me/full")
-    assert "演示" not in card and "| 参数 | 82,066,944 |" in card and "硬件" not in card and "None" not in card
+    assert (
+        "演示" not in card and "| 参数 | 82,066,944 |" in card and "硬件" not in card and "None" not in card
+    )
     assert "（未记）" in card
 
 
@@ -167,4 +192,5 @@ def test_tables_of_a_real_run(finished):
     sources = json.loads((finished / "corpus/report.json").read_text("utf-8"))["sources"]
     table = publish.corpus_table(finished)
     assert len(sources) == 2 and all(
-        f"{count[key]:,}" in table for count in sources.values() for key in ("train_documents", "characters"))
+        f"{count[key]:,}" in table for count in sources.values() for key in ("train_documents", "characters")
+    )

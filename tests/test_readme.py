@@ -35,12 +35,12 @@ def commands(page="README.md"):
             words = shlex.split(part)
             scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
             if scripts and "pytest" not in words:
-                found.append((words[scripts[0]], words[scripts[0] + 1:]))
+                found.append((words[scripts[0]], words[scripts[0] + 1 :]))
     return found
 
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-QUICK = ("generate.py", "publish.py", "plot_loss.py")          # 在 tiny_run 的模型上几秒钟就跑完，不联网
+QUICK = ("generate.py", "publish.py", "plot_loss.py")  # 在 tiny_run 的模型上几秒钟就跑完，不联网
 
 
 def help_of(script, arguments=()):
@@ -49,11 +49,14 @@ def help_of(script, arguments=()):
         if str(ROOT / folder) not in sys.path:
             sys.path.insert(0, str(ROOT / folder))
     module, old = importlib.import_module(script.rpartition("/")[2][:-3]), sys.argv
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")          # 脚本会对它 reconfigure
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # 脚本会对它 reconfigure
     sys.argv = [script, *arguments, "--help"]
     try:
-        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
-              pytest.raises(SystemExit) as exit):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(out),
+            pytest.raises(SystemExit) as exit,
+        ):
             module.main()
     finally:
         sys.argv = old
@@ -73,8 +76,10 @@ def slug(heading):
 def test_two_commands():
     """.ci/run 从 README 里取这两条命令。"""
     found = re.findall(r"^(pip install -r requirements(?:-dev)?\.txt && .*?)\s*(?:#.*)?$", README, re.M)
-    assert found == ["pip install -r requirements.txt && python a100_train.py --preset demo",
-                     "pip install -r requirements-dev.txt && python -m pytest"]
+    assert found == [
+        "pip install -r requirements.txt && python a100_train.py --preset demo",
+        "pip install -r requirements-dev.txt && python -m pytest",
+    ]
 
 
 @pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS} - {"space/app.py"}))
@@ -124,8 +129,11 @@ def test_memory_table_is_what_doctor_prints(capsys):
 
 
 def test_options_named_in_the_text_exist():
-    scripts = "".join(path.read_text("utf-8") for folder in (".", "benchmarks", "space", "scale", "docs")
-                      for path in (ROOT / folder).glob("*.py"))
+    scripts = "".join(
+        path.read_text("utf-8")
+        for folder in (".", "benchmarks", "space", "scale", "docs")
+        for path in (ROOT / folder).glob("*.py")
+    )
     known = OTHERS | set(re.findall(r'"--(\w+)"', scripts))
     known |= set(re.findall(r'^    \("(\w+)", ', scripts, re.M))
     named = {name.removeprefix("no-") for name in options_in(README)}
@@ -150,11 +158,15 @@ def test_numbers_without_source_fail():
 
 def test_update_replaces_what_has_a_source(monkeypatch):
     """同一段里的换，别的段里同样的数不动；百分数的空格也认得。"""
-    text = ("外面 8.44。\n\n损失 8.44，1,350 步，占 8.4 %。 "
-            "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.44 0.share=8.4% -->\n")
+    text = (
+        "外面 8.44。\n\n损失 8.44，1,350 步，占 8.4 %。 "
+        "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.44 0.share=8.4% -->\n"
+    )
     monkeypatch.setattr(readme_numbers, "look_up", lambda name, path: 0.086 if "share" in path else 8.61)
-    expected = ("外面 8.44。\n\n损失 8.61，1,350 步，占 8.6%。 "
-                "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.61 0.share=8.6% -->\n")
+    expected = (
+        "外面 8.44。\n\n损失 8.61，1,350 步，占 8.6%。 "
+        "<!-- 出处 results/demo/train_log.jsonl 0.eval_loss=8.61 0.share=8.6% -->\n"
+    )
     assert readme_numbers.updated(text) == expected
 
 
@@ -197,8 +209,15 @@ def test_memory_table():
 
 def test_committed_demo_used_the_current_preset():
     config = json.loads((ROOT / "results/demo/config.json").read_text("utf-8"))
-    for key in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "max_steps",
-                "vocab_size"):
+    for key in (
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "block_size",
+        "effective_batch_size",
+        "max_steps",
+        "vocab_size",
+    ):
         assert config[key] == DEMO[key], key
     table = (ROOT / "generation_samples.md").read_text("utf-8")
     for line in (ROOT / "results/demo/samples.jsonl").read_text("utf-8").splitlines():
@@ -220,6 +239,13 @@ def test_links_and_anchors(page):
 
 def test_size_and_what_is_gone():
     assert README.count("\n") <= 450 and len(README.encode("utf-8")) <= 60_000
-    gone = ("FSDP", "fsdp", "shutdown_when_done", "near_dedup", "normalize ", "skip_cleaning",
-            "download_corpus")
+    gone = (
+        "FSDP",
+        "fsdp",
+        "shutdown_when_done",
+        "near_dedup",
+        "normalize ",
+        "skip_cleaning",
+        "download_corpus",
+    )
     assert not [word for page in PAGES for word in gone if word in (ROOT / page).read_text("utf-8")]

@@ -47,6 +47,7 @@ def test_laws_recover_their_exponents():
 
 def test_shift_borrows_the_curvature_of_the_base():
     """对照只有两个点：顶点低一半（log2 移动 -1）也认得出来。"""
+
     def run(rate, layers, best):
         settings = dict.fromkeys(width_report.FIELDS) | vars(width.Trial(rate=rate, layers=layers))
         return settings | {"bits": 5 + 0.03 * np.log2(rate / best) ** 2}
@@ -62,7 +63,7 @@ def test_learning_rate_rises_then_falls():
     scales = [width.learning_rate_scale(trial, step) for step in range(101)]
     assert scales[0] == pytest.approx(0.2) and max(scales) == 1 and scales[100] == 0
     cosine = width.learning_rate_scale(replace(trial, schedule="cosine"), 52)
-    assert 0.5 < cosine < 0.51                  # 预热后剩下的 95 步走到一半
+    assert 0.5 < cosine < 0.51  # 预热后剩下的 95 步走到一半
 
 
 def test_small_trial_learns_and_is_not_run_twice(work_dir, tmp_path, capsys):
@@ -84,4 +85,4 @@ def test_committed_logs_are_what_their_names_say():
         assert trial.name == run["name"] and width.parameters(trial) == run["parameters"]
         assert run["rows"][-1]["step"] == trial.steps or "error" in run["rows"][-1]
     full = {run["muon"]: run["bits"] for run in runs if run["parameters"] == 82_066_944 - 768 * 768}
-    assert full[0.02] < full[0]                 # 真实大小上，Muon 好于 AdamW
+    assert full[0.02] < full[0]  # 真实大小上，Muon 好于 AdamW

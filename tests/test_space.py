@@ -26,9 +26,18 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 ATTACK = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--no-proxy-server", "--lang=zh-CN"]
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-proxy-server",
+    "--lang=zh-CN",
+]
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +60,11 @@ def run(app, folder):
 
 # ==== 不用浏览器的 ====
 
+
 def test_finds_what_a_run_left(app, run, folder):
     assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS)
     assert run.log[-1]["eval_loss"] == 2.5
-    assert app.Run(str(folder)).folder == run.folder                   # 工作目录也行
+    assert app.Run(str(folder)).folder == run.folder  # 工作目录也行
     assert run.model(1) is run.model(1) and run.model(1) is not run.model()
 
 
@@ -97,7 +107,7 @@ def test_probabilities(app):
     assert torch.allclose(app.probabilities(scores, [0], 1, 4, 1, 1), scores.softmax(-1))
     assert app.probabilities(scores, [0], 0, 4, 1, 1).tolist() == [0, 1, 0, 0]
     assert app.probabilities(scores, [0], 1, 2, 1, 1).count_nonzero() == 2
-    assert app.probabilities(scores, [0], 1, 4, 0.6, 1).tolist() == [0, 1, 0, 0]      # 最大的是 0.64
+    assert app.probabilities(scores, [0], 1, 4, 0.6, 1).tolist() == [0, 1, 0, 0]  # 最大的是 0.64
     hot, cold = (app.probabilities(scores, [0], heat, 4, 1, 1).max() for heat in (2, 0.5))
     assert hot < 0.65 < cold
     assert app.probabilities(scores, [1], 1, 4, 1, 2)[1] < app.probabilities(scores, [0], 1, 4, 1, 2)[1]
@@ -105,6 +115,7 @@ def test_probabilities(app):
 
 def test_seed_and_context(app, run):
     """同样的种子，同样的续写，两个人同时写也一样；写满上下文还接着写；开头比上下文长也行。"""
+
     def all_text(seed, prompt="教育", tokens=150):
         return [text for text, _ in app.write(run, run.model(), prompt, 0.8, 50, 0.9, 1.1, tokens, seed)]
 
@@ -128,14 +139,19 @@ def test_time_limit(app, run, monkeypatch):
 def test_odd_prompts(app, run):
     with pytest.raises(app.gr.Error, match="最多 2,000 字，现在是 100,000 字"):
         app.encode(run, "天" * 100_000)
-    for prompt in ("", " ", "天\ud800"):                                # 空的：从一篇的开头写起
+    for prompt in ("", " ", "天\ud800"):  # 空的：从一篇的开头写起
         *_, (text, _) = app.write(run, run.model(), prompt, 0.8, 50, 0.9, 1.1, 5, 1)
         assert text.startswith(prompt) and len(text) > len(prompt)
 
 
 def test_curve_holds_numbers_only(app, run):
     svg = app.curve(run, 1, 3)
-    assert svg.count("<polyline") == 1 and "<circle" in svg and "左" in svg and not re.search(r"nan|inf|None", svg)
+    assert (
+        svg.count("<polyline") == 1
+        and "<circle" in svg
+        and "左" in svg
+        and not re.search(r"nan|inf|None", svg)
+    )
 
 
 def test_missing_model(app, tmp_path):
@@ -144,6 +160,7 @@ def test_missing_model(app, tmp_path):
 
 # ==== 浏览器里的 ====
 
+
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     """(地址，进程)。模型不大，但写满 400 个词块要几秒，够看它怎样流出来、怎样停。"""
@@ -151,8 +168,12 @@ def server(folder, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = (tmp_path_factory.mktemp("server") / "log.txt").open("w", encoding="utf-8")
-    process = subprocess.Popen([sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
-                               env=environment() | {"GRADIO_SERVER_PORT": str(port)}, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
+        env=environment() | {"GRADIO_SERVER_PORT": str(port)},
+        stdout=log,
+        stderr=log,
+    )
     url = f"http://127.0.0.1:{port}"
     for _ in range(480):
         try:
@@ -227,7 +248,7 @@ def test_streams_and_stops(browser):
     browser.find_element(By.ID, "start").click()
     wait(browser, lambda: len(value(browser, "output")) > len("中国的历史"))
     early = value(browser, "output")
-    wait(browser, lambda: len(value(browser, "output")) > len(early))              # 还在变长
+    wait(browser, lambda: len(value(browser, "output")) > len(early))  # 还在变长
     assert value(browser, "output").startswith(early) and early.startswith("中国的历史")
     browser.find_element(By.ID, "stop").click()
     time.sleep(1)
@@ -240,7 +261,9 @@ def test_streams_and_stops(browser):
 
 def test_example_fills_the_prompt(browser):
     go_to(browser, "生成")
-    example = next(button for button in browser.find_elements(By.TAG_NAME, "button") if button.text == "今天天气")
+    example = next(
+        button for button in browser.find_elements(By.TAG_NAME, "button") if button.text == "今天天气"
+    )
     example.click()
     wait(browser, lambda: value(browser, "prompt") == "今天天气")
 
@@ -254,11 +277,13 @@ def test_growth(browser):
     assert left != right and "第 0 步，最近一次验证损失 5.90" in text_of(browser, "growth-左")
     before = browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML")
     slider = browser.find_element(By.CSS_SELECTOR, "#slider-左 input[type=range]")
-    slider.send_keys(Keys.END)                                                       # 拖到最后
+    slider.send_keys(Keys.END)  # 拖到最后
     wait(browser, lambda: "第 200 步" in text_of(browser, "growth-左"))
-    wait(browser, lambda: value(browser, "growth-左") == right)                     # 同一快照、同一种子：同样的字
-    wait(browser, lambda: before != browser.find_element(
-        By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML"))
+    wait(browser, lambda: value(browser, "growth-左") == right)  # 同一快照、同一种子：同样的字
+    wait(
+        browser,
+        lambda: before != browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML"),
+    )
 
 
 def test_pieces(browser):
@@ -274,11 +299,11 @@ def test_pieces(browser):
 
 def test_next_token(browser):
     go_to(browser, "下一个词")
-    fill(browser, "next-text", "教育")                                  # 这个小模型接着它最想写的不是字节
+    fill(browser, "next-text", "教育")  # 这个小模型接着它最想写的不是字节
     wait(browser, lambda: text_of(browser, "bars").count("%") == 10)
     time.sleep(0.5)
     warm = text_of(browser, "bars")
-    browser.find_element(By.CSS_SELECTOR, "#heat input[type=range]").send_keys(Keys.HOME)       # 温度 0
+    browser.find_element(By.CSS_SELECTOR, "#heat input[type=range]").send_keys(Keys.HOME)  # 温度 0
     wait(browser, lambda: "100%" in text_of(browser, "bars"))
     assert "100%" not in warm
     token = re.search(r"#(\d+)", text_of(browser, "bars"))[1]
@@ -287,13 +312,20 @@ def test_next_token(browser):
     piece = tiny_run.tokenizer().decode([int(token)])
     assert piece and "\ufffd" not in piece
     wait(browser, lambda: value(browser, "next-text") == "教育" + piece)
-    time.sleep(0.5)                                                     # 人手没有这么快：等页面收下这些字
-    browser.find_element(By.ID, "draw").click()                         # 温度还是 0：抽到的还是最可能的
+    time.sleep(0.5)  # 人手没有这么快：等页面收下这些字
+    browser.find_element(By.ID, "draw").click()  # 温度还是 0：抽到的还是最可能的
     wait(browser, lambda: len(value(browser, "next-text")) > len("教育" + piece))
 
 
-@pytest.mark.parametrize("tab, name, button", [("生成", "prompt", "start"), ("成长", "growth-prompt", "both"),
-                                               ("分词", "pieces-text", None), ("下一个词", "next-text", None)])
+@pytest.mark.parametrize(
+    "tab, name, button",
+    [
+        ("生成", "prompt", "start"),
+        ("成长", "growth-prompt", "both"),
+        ("分词", "pieces-text", None),
+        ("下一个词", "next-text", None),
+    ],
+)
 def test_html_stays_text(browser, tab, name, button):
     """尖括号是文本，不是标签；100,000 字只得到一句话，页面照样能用。"""
     go_to(browser, tab)
@@ -306,7 +338,7 @@ def test_html_stays_text(browser, tab, name, button):
     fill(browser, name, "天" * 100_000)
 
     def refused():
-        if button:                                                      # 上一次还没写完时，按了不算：再按
+        if button:  # 上一次还没写完时，按了不算：再按
             browser.find_element(By.ID, button).click()
         return "现在是 100,000 字" in browser.find_element(By.TAG_NAME, "body").text
 
@@ -318,9 +350,11 @@ def test_html_stays_text(browser, tab, name, button):
 
 def test_nothing_from_the_network(browser, server):
     """字体、脚本、统计：全来自本机。放在前面几个测试之后，它们请求过的都算。"""
-    urls = [event["params"]["request"]["url"] for event in
-            (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
-            if event["method"] == "Network.requestWillBeSent"]
+    urls = [
+        event["params"]["request"]["url"]
+        for event in (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     outside = [url for url in urls if not url.startswith((server[0], "data:", "blob:", "chrome:"))]
     assert len(urls) > 20 and not outside, outside
     errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -371,20 +405,26 @@ def test_twenty_at_once(server):
 
     def crowd():
         results = {}
-        threads = [threading.Thread(target=lambda n=n: results.update(
-            {n: ask(url, function, ["中国的历史", 0.8, 50, 0.9, 1.1, 20, n])})) for n in range(20)]
+        threads = [
+            threading.Thread(
+                target=lambda n=n: results.update(
+                    {n: ask(url, function, ["中国的历史", 0.8, 50, 0.9, 1.1, 20, n])}
+                )
+            )
+            for n in range(20)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(120)
         return results
 
-    crowd()                                                             # 预热：第一次各种缓存要长
+    crowd()  # 预热：第一次各种缓存要长
     before = process.memory_info().rss
     results = {**crowd(), **crowd()}
     assert len(results) == 20
     for messages in results.values():
         assert messages[-1]["msg"] == "process_completed" and messages[-1]["success"], messages[-1]
-        assert any(message["msg"] == "estimation" and "rank" in message for message in messages)      # 排在第几
+        assert any(message["msg"] == "estimation" and "rank" in message for message in messages)  # 排在第几
     assert any(message.get("rank", 0) >= 10 for messages in results.values() for message in messages)
     assert process.memory_info().rss - before < 50e6

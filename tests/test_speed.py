@@ -46,7 +46,7 @@ def test_each_capability(monkeypatch, capsys, capability, expected, flash, versi
     if flash and expected == NEW:
         attn = "flash_attention_2"
     if version.startswith("2.10"):
-        compiled = False                                     # 2.10 的 compile 在 A100 上出过 NaN
+        compiled = False  # 2.10 的 compile 在 A100 上出过 NaN
     assert (s.device, s.optim, s.liger, s.learning_rate) == ("cuda", "muon", False, RATES["full"][0])
     assert (s.precision, s.attn, s.compile, s.tf32) == (precision, attn, compiled, tf32)
     out = capsys.readouterr().out
@@ -55,15 +55,26 @@ def test_each_capability(monkeypatch, capsys, capability, expected, flash, versi
 
 
 def test_what_was_asked_for_is_kept(monkeypatch):
-    s = chosen(monkeypatch, "--precision", "fp32", "--no-compile", "--no-tf32", "--attn", "eager", "--optim",
-               "adamw_bnb_8bit", capability=(8, 0), packages=["flash_attn", "bitsandbytes"])
+    s = chosen(
+        monkeypatch,
+        "--precision",
+        "fp32",
+        "--no-compile",
+        "--no-tf32",
+        "--attn",
+        "eager",
+        "--optim",
+        "adamw_bnb_8bit",
+        capability=(8, 0),
+        packages=["flash_attn", "bitsandbytes"],
+    )
     assert (s.precision, s.compile, s.tf32, s.attn) == ("fp32", False, False, "eager")
     assert s.optim == "adamw_bnb_8bit"
-    assert s.learning_rate == RATES["full"][1]                           # 只用 AdamW 时的默认值
+    assert s.learning_rate == RATES["full"][1]  # 只用 AdamW 时的默认值
     s = chosen(monkeypatch, "--precision", "fp32", capability=(8, 0), packages=["flash_attn"])
-    assert s.attn == "sdpa"                                  # flash-attn 只算 2 字节的数
+    assert s.attn == "sdpa"  # flash-attn 只算 2 字节的数
     s = chosen(monkeypatch, "--compile", capability=(8, 0), version="2.10.1")
-    assert s.compile is True                                 # 明说了就听
+    assert s.compile is True  # 明说了就听
     s = chosen(monkeypatch, "--learning_rate", "0.5", "--optim", "adamw_torch", capability=(8, 0))
     assert s.learning_rate == 0.5
 
@@ -77,7 +88,7 @@ def test_cpu(monkeypatch):
     assert (s.device, s.precision, s.attn, s.compile, s.tf32) == ("cpu", "fp32", "sdpa", False, False)
     assert (s.optim, s.learning_rate) == ("muon", RATES["demo"][0])
     s = chosen(monkeypatch, "--preset", "demo", "--device", "cpu", capability=(8, 0))
-    assert (s.device, s.precision, s.tf32) == ("cpu", "fp32", False)     # 有显卡也可以不用
+    assert (s.device, s.precision, s.tf32) == ("cpu", "fp32", False)  # 有显卡也可以不用
     assert chosen(monkeypatch, "--preset", "demo", "--optim", "adamw_torch").learning_rate == RATES["demo"][1]
 
 
@@ -87,25 +98,31 @@ def test_mps_is_accepted(monkeypatch):
     assert (s.device, s.precision, s.attn) == ("mps", "fp32", "sdpa")
 
 
-@pytest.mark.parametrize(("argv", "machine"), [
-    (["--device", "cuda"], {}),
-    (["--device", "mps"], {}),
-    (["--attn", "flash_attention_2"], {}),
-    (["--precision", "bf16"], {}),
-    (["--precision", "fp16"], {}),
-    (["--tf32"], {}),
-    (["--liger"], dict(packages=["liger_kernel"])),
-    (["--compile"], dict(compiler=False)),
-    (["--optim", "adamw_bnb_8bit"], {}),
-    (["--report_to", "wandb"], {}),
-    (["--precision", "bf16"], dict(capability=(7, 5))),
-    (["--tf32"], dict(capability=(7, 5))),
-    (["--attn", "flash_attention_2"], dict(capability=(7, 5), packages=["flash_attn"])),
-    (["--attn", "flash_attention_2"], dict(capability=(8, 0))),
-    (["--attn", "flash_attention_2", "--precision", "fp32"],
-     dict(capability=(8, 0), packages=["flash_attn"])),
-    (["--liger"], dict(capability=(8, 0))),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else str(sorted(value.items())))
+@pytest.mark.parametrize(
+    ("argv", "machine"),
+    [
+        (["--device", "cuda"], {}),
+        (["--device", "mps"], {}),
+        (["--attn", "flash_attention_2"], {}),
+        (["--precision", "bf16"], {}),
+        (["--precision", "fp16"], {}),
+        (["--tf32"], {}),
+        (["--liger"], dict(packages=["liger_kernel"])),
+        (["--compile"], dict(compiler=False)),
+        (["--optim", "adamw_bnb_8bit"], {}),
+        (["--report_to", "wandb"], {}),
+        (["--precision", "bf16"], dict(capability=(7, 5))),
+        (["--tf32"], dict(capability=(7, 5))),
+        (["--attn", "flash_attention_2"], dict(capability=(7, 5), packages=["flash_attn"])),
+        (["--attn", "flash_attention_2"], dict(capability=(8, 0))),
+        (
+            ["--attn", "flash_attention_2", "--precision", "fp32"],
+            dict(capability=(8, 0), packages=["flash_attn"]),
+        ),
+        (["--liger"], dict(capability=(8, 0))),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(sorted(value.items())),
+)
 def test_what_is_absent_is_refused(monkeypatch, argv, machine):
     """明说了却办不到的：一行，有选项的名字；不悄悄换成别的。"""
     if argv[-1] == "mps":

@@ -18,13 +18,64 @@ import train_tokenizer
 
 # HARD_LINES 之外再想的难句：像字节词块、像特殊记号、不可见字符、组合字符、各种空白
 MORE_HARD_LINES = [
-    "<", "<<", "<0", "<0x", "<0x4", "<0x41", "<0x41>", "<0X41>", "<0xg1>", "<<0x41>>",
-    "a<0x41>b<0xFF><0x00>", "<s>", "</s>", "<<s>>", "< s >", "<s></s><s>", "中</s>文", "</s", "/s>",
-    "<pad><unk>", "<unk", "[MASK][CLS]", "<|im_start|>user", "<extra_id_0>", "", " ", "  ", "   a   ",
-    "a ", " a", "\n", "\n\n\n", "\r", "\r\n", "\t\t \t", "\x7f\x80\x85\xa0",
-    "\u2028\u2029\u200d\u200e\u202e", "\ufeff开头", "\ufffd", "\uffff", "\U0010ffff", "\ue000", "𠮷野家 𪚥 𰻝",
-    "e\u0301\u0323", "각", "ﬁ Ⅳ ㎏ ½ ①", "０１２ＡＢＣ", "ＧＰＴ－２", "👨‍👩‍👧‍👦👍🏽🏳️‍🌈", "𝕳𝖊𝖑𝖑𝖔",
-    "哈" * 300, "!" * 300, " " * 300, "1" * 300, "ab" * 300, "“‘（【《〈「『", "C:\\路径\\n\\t", '{"a": [1, 2]}',
+    "<",
+    "<<",
+    "<0",
+    "<0x",
+    "<0x4",
+    "<0x41",
+    "<0x41>",
+    "<0X41>",
+    "<0xg1>",
+    "<<0x41>>",
+    "a<0x41>b<0xFF><0x00>",
+    "<s>",
+    "</s>",
+    "<<s>>",
+    "< s >",
+    "<s></s><s>",
+    "中</s>文",
+    "</s",
+    "/s>",
+    "<pad><unk>",
+    "<unk",
+    "[MASK][CLS]",
+    "<|im_start|>user",
+    "<extra_id_0>",
+    "",
+    " ",
+    "  ",
+    "   a   ",
+    "a ",
+    " a",
+    "\n",
+    "\n\n\n",
+    "\r",
+    "\r\n",
+    "\t\t \t",
+    "\x7f\x80\x85\xa0",
+    "\u2028\u2029\u200d\u200e\u202e",
+    "\ufeff开头",
+    "\ufffd",
+    "\uffff",
+    "\U0010ffff",
+    "\ue000",
+    "𠮷野家 𪚥 𰻝",
+    "e\u0301\u0323",
+    "각",
+    "ﬁ Ⅳ ㎏ ½ ①",
+    "０１２ＡＢＣ",
+    "ＧＰＴ－２",
+    "👨‍👩‍👧‍👦👍🏽🏳️‍🌈",
+    "𝕳𝖊𝖑𝖑𝖔",
+    "哈" * 300,
+    "!" * 300,
+    " " * 300,
+    "1" * 300,
+    "ab" * 300,
+    "“‘（【《〈「『",
+    "C:\\路径\\n\\t",
+    '{"a": [1, 2]}',
 ]
 
 
@@ -32,7 +83,7 @@ def write_corpus(folder, train, held_out=("验证集。",), shards=1):
     """一份最小的 corpus/：train 按次序分成 shards 个文件。"""
     folder.mkdir(parents=True)
     cuts = [len(train) * i // shards for i in range(shards + 1)]
-    parts = {f"train-{i:05}": train[cuts[i]:cuts[i + 1]] for i in range(shards)}
+    parts = {f"train-{i:05}": train[cuts[i] : cuts[i + 1]] for i in range(shards)}
     for name, texts in (parts | {"eval-00000": list(held_out)}).items():
         pq.write_table(pa.table({"text": texts, "source": ["x"] * len(texts)}), folder / f"{name}.parquet")
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -55,8 +106,9 @@ def lines(real_texts):
     """分词器没见过的真实文本 4,000 篇，难句，和 2,000 行随机的任意 Unicode（不含代理字符和 ▁）。"""
     rng = random.Random(0)
     ranges = [(0, 0x7F), (0x80, 0x2FFF), (0x3000, 0x9FFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
-    noise = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randrange(60)))
-             for _ in range(2000)]
+    noise = [
+        "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randrange(60))) for _ in range(2000)
+    ]
     unseen = [text for texts in real_texts.values() for text in texts[1500:3500]]
     assert len(unseen) >= 4000
     noise = [text.replace("\u2581", "") for text in noise]
@@ -70,12 +122,15 @@ def encoded(sp, fast, lines):
 
 # ==== 无损 ====
 
+
 def test_auto_tokenizer_loads_it(fast, sp):
     assert isinstance(fast, PreTrainedTokenizerFast) and len(fast) == VOCAB_SIZE
     assert fast.convert_tokens_to_ids(train_tokenizer.SPECIAL) == [0, 1, 2, 3]
     assert (fast.pad_token_id, fast.unk_token_id, fast.bos_token_id, fast.eos_token_id) == (0, 1, 2, 3)
     assert (sp.pad_id(), sp.unk_id(), sp.bos_id(), sp.eos_id()) == (0, 1, 2, 3)
-    assert fast("你好")["input_ids"] == fast("你好", add_special_tokens=False)["input_ids"], "编码时不自动加特殊记号"
+    assert fast("你好")["input_ids"] == fast("你好", add_special_tokens=False)["input_ids"], (
+        "编码时不自动加特殊记号"
+    )
 
 
 def test_lossless(sp, fast, lines, encoded):
@@ -101,8 +156,11 @@ def test_punctuation_and_space_have_their_own_pieces(fast, sp):
 def test_report(work_dir, sp):
     """报告里的每 token 字符数等于另算一遍的结果。"""
     report = json.loads((work_dir / "tokenizer/report.json").read_text(encoding="utf-8"))
-    texts = [text for path in (work_dir / "corpus").glob("eval-*")
-             for text in pq.read_table(path)["text"].to_pylist()]
+    texts = [
+        text
+        for path in (work_dir / "corpus").glob("eval-*")
+        for text in pq.read_table(path)["text"].to_pylist()
+    ]
     held_out = [line for text in texts for line in text.split("\n") if line.strip()]
     assert report["held_out_lines"] == len(held_out) > 50
     tokens = sum(map(len, sp.encode(held_out)))
@@ -115,6 +173,7 @@ def test_report(work_dir, sp):
 
 # ==== 读语料 ====
 
+
 @pytest.fixture
 def trained_on(monkeypatch):
     """截下真正送进 SentencePiece 的行，到此为止，不训练。"""
@@ -123,15 +182,24 @@ def trained_on(monkeypatch):
     def record(lines, vocab_size):
         trained.extend(lines)
         sys.exit("错误：只看到这里")
+
     monkeypatch.setattr(train_tokenizer, "train_sentencepiece", record)
     return trained
 
 
 def test_held_out_documents_are_never_trained_on(work_dir, tmp_path, trained_on):
-    error_of(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t",
-             "--vocab_size", 9000)
-    train, held_out = (set(train_tokenizer.read_lines(work_dir / "corpus", split))
-                       for split in ("train", "eval"))
+    error_of(
+        train_tokenizer,
+        "--corpus_dir",
+        work_dir / "corpus",
+        "--output_dir",
+        tmp_path / "t",
+        "--vocab_size",
+        9000,
+    )
+    train, held_out = (
+        set(train_tokenizer.read_lines(work_dir / "corpus", split)) for split in ("train", "eval")
+    )
     assert set(trained_on) == train, "词表够大时每一行原样送进去"
     assert len(held_out - train) >= 90 and not set(trained_on) & (held_out - train)
 
@@ -142,8 +210,9 @@ def test_shards_do_not_matter(tmp_path, trained_on, monkeypatch):
     texts = [f"第{i}行\n再一行" for i in range(100)]
     for shards in (1, 7):
         corpus = write_corpus(tmp_path / f"c{shards}", texts, shards=shards)
-        error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t",
-                 "--vocab_size", 9000)
+        error_of(
+            train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t", "--vocab_size", 9000
+        )
     assert len(trained_on) == 100 and trained_on[:50] == trained_on[50:] == "\n".join(texts[:25]).split("\n")
 
 
@@ -155,10 +224,18 @@ def test_long_lines_are_cut_and_blank_lines_dropped(tmp_path):
 
 # ==== 词表装不下，或凑不出 ====
 
+
 def test_small_vocabulary_keeps_room_for_words(work_dir, tmp_path):
     """字比词表多：罕见字拆成字节，仍然无损；单字不占满词表。"""
-    call(train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "t",
-         "--vocab_size", 600)
+    call(
+        train_tokenizer,
+        "--corpus_dir",
+        work_dir / "corpus",
+        "--output_dir",
+        tmp_path / "t",
+        "--vocab_size",
+        600,
+    )
     report = json.loads((tmp_path / "t/report.json").read_text(encoding="utf-8"))
     assert 0.4 < report["character_coverage"] < 0.9
     sp = spm.SentencePieceProcessor(model_file=str(tmp_path / "t/sentencepiece.model"))
@@ -188,18 +265,33 @@ def test_unreachable_vocabulary_and_its_advice(real_texts):
 
 # ==== 自检和输出文件夹 ====
 
-@pytest.mark.parametrize("fault", [{"byte_fallback": False}, {"normalization_rule_name": "nmt_nfkc"},
-                                   {"remove_extra_whitespaces": True}])
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"byte_fallback": False}, {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}],
+)
 def test_self_check_refuses_a_lossy_tokenizer(work_dir, tmp_path, fault):
     """公开参考的几处设置，每一处都会丢信息；自检必须发现。"""
     model = io.BytesIO()
-    settings = dict(byte_fallback=True, normalization_rule_name="identity",
-                    remove_extra_whitespaces=False) | fault
+    settings = (
+        dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False) | fault
+    )
     spm.SentencePieceTrainer.train(
-        sentence_iterator=train_tokenizer.read_lines(work_dir / "corpus", "eval"), model_writer=model,
-        vocab_size=3000, hard_vocab_limit=False, character_coverage=0.98, required_chars="\u2581",
-        pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", minloglevel=2, add_dummy_prefix=False,
-        **settings)
+        sentence_iterator=train_tokenizer.read_lines(work_dir / "corpus", "eval"),
+        model_writer=model,
+        vocab_size=3000,
+        hard_vocab_limit=False,
+        character_coverage=0.98,
+        required_chars="\u2581",
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        pad_piece="<pad>",
+        minloglevel=2,
+        add_dummy_prefix=False,
+        **settings,
+    )
     model = model.getvalue()
     with pytest.raises(SystemExit, match="自检不通过"):
         train_tokenizer.self_check(model, train_tokenizer.convert(model), work_dir / "corpus")
@@ -214,10 +306,18 @@ def test_failing_self_check_leaves_the_old_tokenizer(copied, monkeypatch):
         decode = fast.batch_decode
         fast.batch_decode = lambda ids: [text.replace("，", ",") for text in decode(ids)]
         return fast
+
     monkeypatch.setattr(train_tokenizer, "convert", lossy)
     before = read_folder(copied / "tokenizer")
-    message = error_of(train_tokenizer, "--corpus_dir", copied / "corpus",
-                       "--output_dir", copied / "tokenizer", "--vocab_size", 600)
+    message = error_of(
+        train_tokenizer,
+        "--corpus_dir",
+        copied / "corpus",
+        "--output_dir",
+        copied / "tokenizer",
+        "--vocab_size",
+        600,
+    )
     assert "自检不通过" in message and "，" in message
     assert read_folder(copied / "tokenizer") == before and not list(copied.glob(".tokenizer.tmp*"))
 
@@ -233,7 +333,9 @@ def test_reuse_rebuild_and_refuse(copied, capsys):
     call(train_tokenizer, *arguments, "--vocab_size", 600)
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["vocab_size"] == 600
     small = read_folder(folder)
-    (folder / "sentencepiece.model").write_bytes(small["sentencepiece.model"][:1000])      # 不完整的重做，结果相同
+    (folder / "sentencepiece.model").write_bytes(
+        small["sentencepiece.model"][:1000]
+    )  # 不完整的重做，结果相同
     call(train_tokenizer, *arguments, "--vocab_size", 600)
     assert read_folder(folder) == small
 
@@ -241,48 +343,61 @@ def test_reuse_rebuild_and_refuse(copied, capsys):
 def test_foreign_folder_is_refused(work_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/笔记.txt").write_text("别动", encoding="utf-8")
-    assert "不覆盖" in error_of(train_tokenizer, "--corpus_dir", work_dir / "corpus",
-                             "--output_dir", tmp_path / "out")
+    assert "不覆盖" in error_of(
+        train_tokenizer, "--corpus_dir", work_dir / "corpus", "--output_dir", tmp_path / "out"
+    )
     assert read_folder(tmp_path / "out") == {"笔记.txt": "别动".encode()}
 
 
 # ==== 使用者的差错：一行话，什么也不写 ====
 
+
 def damage(name, change):
     def apply(corpus):
         path = corpus / name
         path.write_bytes(change(path.read_bytes()))
+
     return apply
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (damage("report.json", lambda data: data[:len(data) // 2]), "prepare_corpus.py"),
-    (damage("report.json", lambda data: b'{"files": {}}'), "prepare_corpus.py"),
-    (damage("report.json", lambda data: b"[1]"), "prepare_corpus.py"),
-    (lambda corpus: (corpus / "train-00000.parquet").unlink(), "prepare_corpus.py"),
-    (damage("train-00000.parquet", lambda data: data[:-100]), "prepare_corpus.py"),
-    (damage("train-00000.parquet", lambda data: b"x" * len(data)), "train-00000.parquet 已损坏"),
-    (damage("train-00000.parquet", lambda data: data[:40] + b"\x99" * 400 + data[440:]), "已损坏"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (damage("report.json", lambda data: data[: len(data) // 2]), "prepare_corpus.py"),
+        (damage("report.json", lambda data: b'{"files": {}}'), "prepare_corpus.py"),
+        (damage("report.json", lambda data: b"[1]"), "prepare_corpus.py"),
+        (lambda corpus: (corpus / "train-00000.parquet").unlink(), "prepare_corpus.py"),
+        (damage("train-00000.parquet", lambda data: data[:-100]), "prepare_corpus.py"),
+        (damage("train-00000.parquet", lambda data: b"x" * len(data)), "train-00000.parquet 已损坏"),
+        (damage("train-00000.parquet", lambda data: data[:40] + b"\x99" * 400 + data[440:]), "已损坏"),
+    ],
+)
 def test_damaged_corpus(tmp_path, real_texts, spoil, words):
     corpus = write_corpus(tmp_path / "corpus", real_texts["news"][:500])
     spoil(corpus)
-    message = error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t",
-                       "--vocab_size", 320)
+    message = error_of(
+        train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t", "--vocab_size", 320
+    )
     assert words in message and str(corpus) in message and not (tmp_path / "t").exists()
 
 
-@pytest.mark.parametrize(("texts", "vocab_size", "words"), [
-    (["😀", "😀😃", "😃😄😀", "👍"], 3000, "凑不出 3,000 个词块"),
-    (["一" * i for i in range(1, 9)], 300, "凑不出 300 个词块"),
-    ([chr(i) * 2 for i in range(0x4E00, 0x5200)], 400, "凑不出 400 个词块"),
-    (["一"], 299, "--vocab_size 要在 300"), (["一"], 65_537, "65,536"),
-    (["一"], 0, "得到 0"), (["一"], -5, "得到 -5"),
-])
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "words"),
+    [
+        (["😀", "😀😃", "😃😄😀", "👍"], 3000, "凑不出 3,000 个词块"),
+        (["一" * i for i in range(1, 9)], 300, "凑不出 300 个词块"),
+        ([chr(i) * 2 for i in range(0x4E00, 0x5200)], 400, "凑不出 400 个词块"),
+        (["一"], 299, "--vocab_size 要在 300"),
+        (["一"], 65_537, "65,536"),
+        (["一"], 0, "得到 0"),
+        (["一"], -5, "得到 -5"),
+    ],
+)
 def test_wrong_vocabulary_size(tmp_path, texts, vocab_size, words):
     corpus = write_corpus(tmp_path / "corpus", texts)
-    assert words in error_of(train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t",
-                             "--vocab_size", vocab_size)
+    assert words in error_of(
+        train_tokenizer, "--corpus_dir", corpus, "--output_dir", tmp_path / "t", "--vocab_size", vocab_size
+    )
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == ["corpus"]
 
 
@@ -293,10 +408,22 @@ def test_missing_corpus(tmp_path):
 def test_no_encoding_warnings(work_dir, tmp_path):
     """中文 Windows 默认用 GBK 开文本文件：我们自己的每一处都写明了编码（别的库的警告不算）。"""
     result = subprocess.run(
-        [sys.executable, ROOT / "train_tokenizer.py", "--corpus_dir", work_dir / "corpus",
-         "--output_dir", tmp_path / "t", "--vocab_size", "320"],
-        env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}, capture_output=True,
-        text=True, encoding="utf-8", timeout=300)
+        [
+            sys.executable,
+            ROOT / "train_tokenizer.py",
+            "--corpus_dir",
+            work_dir / "corpus",
+            "--output_dir",
+            tmp_path / "t",
+            "--vocab_size",
+            "320",
+        ],
+        env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
     assert result.returncode == 0 and "EncodingWarning" not in "".join(
-        line for line in result.stderr.splitlines()
-        if line.startswith(str(ROOT / "train_tokenizer.py"))), result.stderr
+        line for line in result.stderr.splitlines() if line.startswith(str(ROOT / "train_tokenizer.py"))
+    ), result.stderr

@@ -35,14 +35,16 @@ from safetensors.torch import load
 
 import a100_train
 
-TRAIN_FIELDS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
-                "elapsed_seconds"}
+TRAIN_FIELDS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "elapsed_seconds"}
 
 
 def digest(folder):
     """文件夹里每个文件的内容哈希；锁文件不算。"""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".lock")}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(".lock")
+    }
 
 
 def weights(folder):
@@ -65,13 +67,28 @@ def check_close(work, finished, tolerance=1e-4):
 
 # ==== 一口气跑完 ====
 
+
 def test_demo_command(tmp_path):
     """--preset demo --max_steps 3：一条命令从文本到模型。第一步的损失约为 ln V；我们的代码没有 EncodingWarning。"""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "a100_train.py"), "--preset", "demo", "--max_steps", "3",
-         "--device", "cpu", "--work_dir", str(tmp_path / "demo")],
-        env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"}, capture_output=True, text=True, timeout=600,
-        encoding="utf-8")
+        [
+            sys.executable,
+            str(ROOT / "a100_train.py"),
+            "--preset",
+            "demo",
+            "--max_steps",
+            "3",
+            "--device",
+            "cpu",
+            "--work_dir",
+            str(tmp_path / "demo"),
+        ],
+        env=environment() | {"PYTHONWARNDEFAULTENCODING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        encoding="utf-8",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     scripts = r"(?:a100_train|prepare_corpus|train_tokenizer|plot_loss)\.py:\d+: EncodingWarning"
     assert not re.search(scripts, result.stdout + result.stderr)
@@ -81,8 +98,15 @@ def test_demo_command(tmp_path):
     assert train[0]["loss"] == pytest.approx(math.log(4500), abs=0.1)
     assert held_out[0]["step"] == 0 and held_out[0]["eval_loss"] == pytest.approx(math.log(4500), abs=0.2)
     assert {"eval_news_loss", "eval_reviews_loss"} <= set(held_out[0])
-    for name in ("corpus/report.json", "tokenizer/tokenizer.json", "packed/meta.json", "samples.jsonl",
-                 "generation_samples.md", "final_model/model.safetensors", "final_model/tokenizer.json"):
+    for name in (
+        "corpus/report.json",
+        "tokenizer/tokenizer.json",
+        "packed/meta.json",
+        "samples.jsonl",
+        "generation_samples.md",
+        "final_model/model.safetensors",
+        "final_model/tokenizer.json",
+    ):
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
     assert (tmp_path / "demo/loss_curve.png").read_bytes().startswith(b"\x89PNG")
     line = r"步 1/3 \| loss 8\.\d\d \| lr \d\.\de[+-]\d\d \| [\d.]+k tok/s \| MFU \d+% \| 剩余 [\d.]+ 分钟"
@@ -101,7 +125,8 @@ def test_log_and_checkpoints(finished):
         scale = a100_train.learning_rate_scale(row["step"] - 1, STEPS)
         next_scale = a100_train.learning_rate_scale(row["step"], STEPS)
         assert row["learning_rate"] == pytest.approx(0.01 * scale) or row["learning_rate"] == pytest.approx(
-            0.01 * next_scale)
+            0.01 * next_scale
+        )
         mfu = row["tokens_per_second"] * config["flops_per_token"] / 312e12
         assert row["mfu"] == pytest.approx(mfu, abs=1e-4)
     assert held_out[0]["eval_loss"] == pytest.approx(math.log(VOCAB_SIZE), abs=0.1)
@@ -119,11 +144,15 @@ def test_final_model_loads_without_our_code(finished):
     text = pipeline("中国的历史", min_new_tokens=5, max_new_tokens=5, do_sample=False)[0]["generated_text"]
     assert text.startswith("中国的历史") and len(text) > 5
     reported, nats, characters = split_log(finished)[1][-1], 0.0, 0
-    texts = [row["text"] for path in (finished / "corpus").glob("eval-*.parquet")
-             for row in pq.read_table(path).to_pylist() if row["source"] == "reviews"]
+    texts = [
+        row["text"]
+        for path in (finished / "corpus").glob("eval-*.parquet")
+        for row in pq.read_table(path).to_pylist()
+        if row["source"] == "reviews"
+    ]
     stream = [3] + [token for text in texts for token in [*tokenizer(text)["input_ids"], 3]]
-    for start in range(0, len(stream) - 1, 32):               # 与训练同样的窗口：32 个 token 一块，各块独立
-        ids = torch.tensor([stream[start:start + 33]])
+    for start in range(0, len(stream) - 1, 32):  # 与训练同样的窗口：32 个 token 一块，各块独立
+        ids = torch.tensor([stream[start : start + 33]])
         with torch.no_grad():
             log_p = model(ids[:, :-1]).logits.double().log_softmax(-1)
         nats -= float(log_p.gather(-1, ids[:, 1:, None]).sum())
@@ -152,6 +181,7 @@ def test_samples(finished):
 
 
 # ==== 微批量、显存 ====
+
 
 @pytest.mark.parametrize(("optimizer", "size"), [("muon", 8), ("muon", 1), ("adamw_torch", 2)])
 def test_accumulation_changes_nothing(work_dir, work, finished, no_plot, tmp_path, optimizer, size):
@@ -228,14 +258,16 @@ def test_nan_stops_with_one_line(work, finished, no_plot, monkeypatch):
 
 # ==== 检查点 ====
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json",
-                                  "rng_state.pth"])
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"]
+)
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
 def test_damaged_checkpoints_are_recognised(work, capsys, name, damage):
     path = work / "checkpoints/checkpoint-6" / name
     assert a100_train.newest_checkpoint(work).name == "checkpoint-6"
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2] if damage == "half" else b"")
+    path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
     if damage == "missing":
         path.unlink()
     assert a100_train.newest_checkpoint(work).name == "checkpoint-4"
@@ -263,10 +295,20 @@ def test_fresh_starts_over(work, finished, no_plot):
 
 # ==== 设置、语料、分词器变了 ====
 
-@pytest.mark.parametrize(("flag", "value"), [
-    ("--learning_rate", 0.02), ("--muon_learning_rate", 0.1), ("--n_embd", 64),
-    ("--effective_batch_size", 16), ("--seed", 7),
-    ("--optim", "adamw_torch"), ("--max_steps", 8), ("--block_size", 16)])
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--learning_rate", 0.02),
+        ("--muon_learning_rate", 0.1),
+        ("--n_embd", 64),
+        ("--effective_batch_size", 16),
+        ("--seed", 7),
+        ("--optim", "adamw_torch"),
+        ("--max_steps", 8),
+        ("--block_size", 16),
+    ],
+)
 def test_changed_setting_is_refused(work, no_plot, flag, value):
     """接着训练时改了会影响结果的设置：一行说清，什么也不动。"""
     before = digest(work)
@@ -295,40 +337,64 @@ def test_other_data_asked_for_is_refused(work, tmp_path, real_texts, argv):
     assert stopped.value.code not in (0, None) and digest(work) == before
 
 
-@pytest.mark.parametrize(("made", "wanted", "again"), [
-    (["demo"], ["wiki", "zhihu"], True), (["demo"], ["demo"], False), (["书=a.txt"], ["wiki", "zhihu"], False)])
+@pytest.mark.parametrize(
+    ("made", "wanted", "again"),
+    [
+        (["demo"], ["wiki", "zhihu"], True),
+        (["demo"], ["demo"], False),
+        (["书=a.txt"], ["wiki", "zhihu"], False),
+    ],
+)
 def test_demo_corpus_is_not_used_for_the_full_training(copied, monkeypatch, made, wanted, again):
     """演示跑过的文件夹里做完整训练：语料重做；自己的语料不动。"""
     path, ran = copied / "corpus/report.json", []
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"corpus": made}), "utf-8")
     monkeypatch.setattr(a100_train, "run_script", lambda name, *rest: ran.append(name))
-    settings = dict.fromkeys(a100_train.RECIPE) | {"work_dir": copied, "corpus": wanted, "given": [], "vocab_size": 0}
+    settings = dict.fromkeys(a100_train.RECIPE) | {
+        "work_dir": copied,
+        "corpus": wanted,
+        "given": [],
+        "vocab_size": 0,
+    }
     a100_train.prepare(argparse.Namespace(**settings), None)
     assert ran == ["prepare_corpus.py"] * again
 
 
 # ==== 写错了的、放不下的 ====
 
-@pytest.mark.parametrize(("argv", "words"), [
-    (["--n_layer", "-1"], ["--n_layer", "-1"]),
-    (["--batch_size", "0"], ["--batch_size", "0"]),
-    (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
-    (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
-    (["--max_hours", "-2"], ["--max_hours"]),
-    (["--seed", "-1"], ["--seed", "-1"]),
-    (["--max_steps", "-3"], ["--max_steps", "-3"]),
-    (["--eval_steps", "0"], ["--eval_steps"]),
-    (["--n_embd", "100", "--n_head", "3"], ["--n_embd", "100", "--n_head", "3"]),
-    (["--batch_size", "3"], ["--batch_size", "3", "--effective_batch_size"]),
-])
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--n_layer", "-1"], ["--n_layer", "-1"]),
+        (["--batch_size", "0"], ["--batch_size", "0"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
+        (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
+        (["--max_hours", "-2"], ["--max_hours"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--max_steps", "-3"], ["--max_steps", "-3"]),
+        (["--eval_steps", "0"], ["--eval_steps"]),
+        (["--n_embd", "100", "--n_head", "3"], ["--n_embd", "100", "--n_head", "3"]),
+        (["--batch_size", "3"], ["--batch_size", "3", "--effective_batch_size"]),
+    ],
+)
 def test_bad_values(tmp_path, argv, words):
     message = error_of(a100_train, "--preset", "demo", "--work_dir", tmp_path / "w", *argv)
     assert all(word in message for word in words) and not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("argv", [["--learning_rate", "fast"], ["--n_layer", "2.5"], ["--batch_size", "some"],
-                                  ["--preset", "a100"],
-                                  ["--learning_rat", "1"], ["--corpus"], ["stray"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--learning_rate", "fast"],
+        ["--n_layer", "2.5"],
+        ["--batch_size", "some"],
+        ["--preset", "a100"],
+        ["--learning_rat", "1"],
+        ["--corpus"],
+        ["stray"],
+    ],
+)
 def test_argparse_refuses(tmp_path, capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         call(a100_train, "--work_dir", tmp_path / "w", *argv)
@@ -413,7 +479,7 @@ def test_disk_full_while_saving(small_disk, work, finished, no_plot, monkeypatch
     before = digest(disk / "run/checkpoints/checkpoint-4")
     argv = ["--work_dir", disk / "run", *TINY]
     assert "磁盘不够" in error_of(a100_train, *argv), "开始之前就看得出来"
-    usage, answers = shutil.disk_usage, [argparse.Namespace(free=1 << 40)]     # 假装开始时看着够
+    usage, answers = shutil.disk_usage, [argparse.Namespace(free=1 << 40)]  # 假装开始时看着够
     monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage(path))
     assert "磁盘不够" in guarded(monkeypatch, capsys, *argv)
     assert digest(disk / "run/checkpoints/checkpoint-4") == before
@@ -445,14 +511,23 @@ def test_trackers_run_offline(name, work_dir, tmp_path):
     shutil.copytree(work_dir, tmp_path / "work")
     logs = tmp_path / "logs"
     logs.mkdir()
-    variables = {"TENSORBOARD_LOGGING_DIR": str(logs), "SWANLAB_MODE": "offline",
-                 "SWANLAB_LOG_DIR": str(logs), "TRACKIO_DIR": str(logs), "HOME": str(tmp_path),
-                 "WANDB_MODE": "offline", "WANDB_DIR": str(logs), "PWD": str(logs)}
+    variables = {
+        "TENSORBOARD_LOGGING_DIR": str(logs),
+        "SWANLAB_MODE": "offline",
+        "SWANLAB_LOG_DIR": str(logs),
+        "TRACKIO_DIR": str(logs),
+        "HOME": str(tmp_path),
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(logs),
+        "PWD": str(logs),
+    }
     argv = ["--work_dir", tmp_path / "work", *TINY, "--max_steps", 2, "--report_to", name, "--no-snapshots"]
-    with open(tmp_path / "run.log", "a") as log:         # fork 出来的：四个都省去 import
+    with open(tmp_path / "run.log", "a") as log:  # fork 出来的：四个都省去 import
         code = fault_injection.Forked(list(map(str, argv)), log, variables).wait()
     assert code == 0, (tmp_path / "run.log").read_text("utf-8")
     found = [path for path in logs.rglob(TRACKERS[name]) if path.is_file()]
     assert found, list(logs.rglob("*"))
-    assert any(b"eval_bits_per_char" in path.read_bytes() or b"eval/bits_per_char" in path.read_bytes()
-               for path in found), found
+    assert any(
+        b"eval_bits_per_char" in path.read_bytes() or b"eval/bits_per_char" in path.read_bytes()
+        for path in found
+    ), found

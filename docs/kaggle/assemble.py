@@ -39,10 +39,10 @@ def unwanted(node, words, lines):
     if body and isinstance(node, ast.FunctionDef | ast.ClassDef):
         return set().union(*(unwanted(child, words, lines) for child in body))
     last = body[0].lineno - 1 if body else node.end_lineno
-    if any(word in "\n".join(lines[node.lineno - 1:max(last, node.lineno)]) for word in words):
+    if any(word in "\n".join(lines[node.lineno - 1 : max(last, node.lineno)]) for word in words):
         return set(range(node.lineno - 1, node.end_lineno))
     inside = [unwanted(child, words, lines) for child in body]
-    empty = body and all(inside)                                 # 里面的都去掉了，外面的也不要
+    empty = body and all(inside)  # 里面的都去掉了，外面的也不要
     return set(range(node.lineno - 1, node.end_lineno)) if empty else set().union(*inside)
 
 
@@ -53,7 +53,7 @@ def remarks(node, lines):
     rows = {i for each in strings for i in range(each.lineno - 1, each.end_lineno)}
     rows |= {i for i in range(node.lineno - 1, node.end_lineno) if lines[i].lstrip().startswith("#")}
     first = [each.body[0].end_lineno for each in functions if ast.get_docstring(each)]
-    return rows | {i for i in first if not lines[i].strip() and i < node.end_lineno}   # 说明后面的空行
+    return rows | {i for i in first if not lines[i].strip() and i < node.end_lineno}  # 说明后面的空行
 
 
 def definition(script, name, words, bare=False):
@@ -65,7 +65,7 @@ def definition(script, name, words, bare=False):
         sys.exit(f"错误：{script}.py 里没有 {name}；它改了名，就改 {HERE.name}/template.txt")
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
     dropped = (unwanted(node, words, lines) if words else set()) | (remarks(node, lines) if bare else set())
-    return "\n".join(line for i, line in enumerate(lines[start:node.end_lineno], start) if i not in dropped)
+    return "\n".join(line for i, line in enumerate(lines[start : node.end_lineno], start) if i not in dropped)
 
 
 def requirements(packages):
@@ -74,7 +74,9 @@ def requirements(packages):
     lines = [re.split(r"\s*[;#]", line)[0] for line in lines if re.match(r"\w", line)]
     wanted = {re.match(r"[\w-]+", line)[0]: line for line in lines}
     if missing := [package for package in packages if package not in wanted]:
-        sys.exit(f"错误：requirements.txt 里没有 {missing}，而 Kaggle 上要装；加上，或改 {HERE.name}/template.txt")
+        sys.exit(
+            f"错误：requirements.txt 里没有 {missing}，而 Kaggle 上要装；加上，或改 {HERE.name}/template.txt"
+        )
     text = "REQUIREMENTS = " + str([wanted[package] for package in packages]).replace("'", '"')
     return textwrap.fill(text, 100, subsequent_indent=" " * 16)
 
@@ -82,7 +84,9 @@ def requirements(packages):
 def replace_once(text, change, line):
     old, new = change.split(" => ")
     if text.count(old) != 1:
-        sys.exit(f"错误：{line[:40]!r} 里的 {old!r} 出现了 {text.count(old)} 次，应当恰有一次；改 {HERE.name}/template.txt")
+        sys.exit(
+            f"错误：{line[:40]!r} 里的 {old!r} 出现了 {text.count(old)} 次，应当恰有一次；改 {HERE.name}/template.txt"
+        )
     return text.replace(old, new)
 
 

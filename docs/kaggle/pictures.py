@@ -17,7 +17,12 @@ from selenium.webdriver.common.by import By
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "kaggle_pretrain_combined.py"
-PICTURES = {"settings.png": "1. 设置", "machine.png": "3. 环境", "training.png": "9. 训练", "results.png": "10. 结果"}
+PICTURES = {
+    "settings.png": "1. 设置",
+    "machine.png": "3. 环境",
+    "training.png": "9. 训练",
+    "results.png": "10. 结果",
+}
 
 
 def execute(folder):
@@ -47,11 +52,14 @@ def take_pictures(page):
         }""")
     for name, title in PICTURES.items():
         heading = driver.find_element(By.XPATH, f"//h2[contains(., '{title}')]")
-        driver.execute_script("""
+        driver.execute_script(
+            """
             const cells = [...document.querySelectorAll('.jp-Cell')];
             const first = cells.findIndex(cell => cell.contains(arguments[0]));
             cells.forEach((cell, i) =>
-                cell.style.display = i == first || i == first + 1 ? '' : 'none');""", heading)
+                cell.style.display = i == first || i == first + 1 ? '' : 'none');""",
+            heading,
+        )
         driver.find_element(By.TAG_NAME, "main").screenshot(str(HERE / name))
     driver.quit()
 
