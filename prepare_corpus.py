@@ -235,9 +235,12 @@ def read_json(file):
 def read_csv(file):
     """逐行给出字典。开了没有关的引号会吞掉后面所有的行，所以末尾另加一行记号：读不到它，就是被吞了。"""
     csv.field_size_limit(1 << 24)
+    escape = None
+    if b'\\"' in file.buffer.peek():  # MySQL 写的：引号里的引号前面加反斜杠
+        escape = "\\"
     first = file.readline()
     lines = (line.lstrip("\ufeff") for line in itertools.chain([first], file, [END]))
-    reader = csv.DictReader(lines, delimiter="\t" if "\t" in first else ",")
+    reader = csv.DictReader(lines, delimiter="\t" if "\t" in first else ",", escapechar=escape)
     start = 0
     end = 1
     for row in reader:
