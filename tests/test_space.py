@@ -64,16 +64,60 @@ def run(app, folder):
 def test_finds_what_a_run_left(app, run, folder):
     assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS)
     assert run.log[-1]["eval_loss"] == 2.5
-    assert app.Run(str(folder)).folder == run.folder  # 工作目录也行
+    assert app.Run(str(folder)).folders == run.folders  # 工作目录也行
     assert run.model(1) is run.model(1) and run.model(1) is not run.model()
 
 
-def test_unfinished_run(app, folder, tmp_path):
-    for name in ("tokenizer", "snapshots"):
-        (tmp_path / name).symlink_to(folder / name)
-    unfinished = app.Run(str(tmp_path))
-    assert unfinished.folder.name == "step-200" and unfinished.log == []
-    assert app.curve(unfinished, 0, 3).startswith("<svg")
+def unfinished(folder, tmp_path, steps):
+    """还在训练的：没有 final_model/，只有这几步的快照；日志的最后一行写到一半。"""
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    for step in steps:
+        shutil.copytree(folder / f"snapshots/step-{step}", tmp_path / f"snapshots/step-{step}")
+    shutil.copy(folder / "config.json", tmp_path)
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        rows = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(rows[:-5])
+    return tmp_path
+
+
+@pytest.mark.parametrize("steps", [[0], [0, 10, 100]])
+def test_unfinished_run(app, folder, tmp_path, steps):
+    run = app.Run(str(unfinished(folder, tmp_path, steps)))
+    assert run.folders[-1].name == f"step-{steps[-1]}" and run.model() is run.model(len(steps) - 1)
+    assert run.log[-1]["step"] == 200 and "loss" in run.log[-1]  # 半行的那次验证不算
+    assert app.curve(run.log, {"左": 0}).startswith("<svg")
+    assert app.build(run)  # 只有一份快照也打得开
+
+
+def test_half_written_character(app, tmp_path):
+    """写到一半的一行断在一个汉字的字节中间。"""
+    whole = '{"step": 1}\n{"text": "中'.encode()
+    (tmp_path / "samples.jsonl").write_bytes(whole[:-1])
+    assert app.read_rows(tmp_path / "samples.jsonl") == [{"step": 1}]
+
+
+def test_snapshot_being_written(app, folder, tmp_path):
+    """快照的说明还没写完：不算它。"""
+    run = unfinished(folder, tmp_path, [0, 10])
+    (run / "snapshots/step-10/snapshot.json").write_text('{"step": 10, "eva', "utf-8")
+    assert [note["step"] for note in app.Run(str(run)).snapshots] == [0]
+
+
+def test_closed_files(app, folder, tmp_path, monkeypatch):
+    """没有权限看的日志、权重：少一样东西，或一句话，没有 traceback。"""
+    run = app.Run(str(unfinished(folder, tmp_path, [0, 10])))
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(app, "load", refused)
+    with pytest.raises(app.gr.Error, match="读不出 step-10"):
+        run.model()
+    assert "读不出 step-10" in error_of(app, "--model", tmp_path)
+    monkeypatch.setattr(app.Path, "read_text", refused)
+    monkeypatch.setattr(app.Path, "open", refused)
+    assert app.read_json(tmp_path / "config.json") == {} and app.read_rows(tmp_path / "samples.jsonl") == []
+    assert error_of(app, "--model", tmp_path / "nothing").startswith("错误：读不出模型")
 
 
 def test_hub_weights_are_fetched_when_used(app, folder, tmp_path, monkeypatch):
@@ -145,13 +189,19 @@ def test_odd_prompts(app, run):
 
 
 def test_curve_holds_numbers_only(app, run):
-    svg = app.curve(run, 1, 3)
+    svg = app.curve(run.log, {"左": 10, "右": 200})
     assert (
         svg.count("<polyline") == 1
         and "<circle" in svg
         and "左" in svg
         and not re.search(r"nan|inf|None", svg)
     )
+
+
+@pytest.mark.parametrize("log", [[], [{"step": 0, "eval_loss": 5.9}]])
+def test_curve_of_a_beginning(app, log):
+    """还没有日志，或只有训练前的那次验证。"""
+    assert not re.search(r"nan|inf|None", app.curve(log, {"左": 0, "右": 0}))
 
 
 def test_missing_model(app, tmp_path):
