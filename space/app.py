@@ -9,20 +9,38 @@
 
 import argparse
 import codecs
+import importlib.util
 import json
 import math
 import os
 import sys
 import threading
 import time
+import urllib.request
 from functools import lru_cache, partial
 from pathlib import Path
 
-import gradio as gr
-import torch
-import transformers
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+
+def settle_proxies():
+    """Gradio 启动时要访问一次自己的地址，这一次不能经过代理。它用的 httpx 遇到不认识的代理就报错，所以不用那样的。"""
+    proxies = urllib.request.getproxies()  # 环境变量里的；Windows 和 Mac 上没有设时，是系统设置里的
+    for kind, address in proxies.items():
+        supported = address.startswith("socks5") and importlib.util.find_spec("socksio")
+        if address.startswith("socks") and not supported:
+            print(f"{kind}_proxy 是 SOCKS 代理，这里用不上，这次不用它；要从 Hub 下载，请换成 http:// 的")
+            address = ""
+        os.environ[f"{kind}_proxy"] = address  # 小写的优先，空的等于没有
+    own = ["localhost", "127.0.0.1", os.environ.get("GRADIO_SERVER_NAME", "")]
+    os.environ["no_proxy"] = ",".join([*own, proxies.get("no", "")])
+
+
+settle_proxies()  # 要在 import gradio 之前：它一被 import 就读代理的设置
+
+import gradio as gr  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from huggingface_hub import snapshot_download  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 AUTODL = "/root/autodl-tmp"  # AutoDL 的数据盘，关机也留着
 HOME = Path(AUTODL if os.path.isdir(AUTODL) else ".") / "gpt2-chinese"

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -208,33 +209,100 @@ def test_missing_model(app, tmp_path):
     assert error_of(app, "--model", tmp_path).startswith("错误：读不出模型")
 
 
+# ==== 代理 ====
+
+
+PROXIES = {
+    "http": {"http_proxy": "http://{}", "HTTPS_PROXY": "http://{}"},
+    "all": {"all_proxy": "http://{}"},
+    "socks5": {"ALL_PROXY": "socks5://{}"},
+    "socks": {"ALL_PROXY": "socks://{}/", "no_proxy": "example.com"},
+    "no scheme": {"HTTP_PROXY": "{}"},
+}
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_starts_with_a_proxy(folder, tmp_path, kind):
+    """设了哪种代理都打得开；模型在本机，一次也不去连代理。"""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def accept():
+            while True:
+                try:
+                    connections.append(proxy.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        address = "{}:{}".format(*proxy.getsockname())
+        variables = {name: value.format(address) for name, value in PROXIES[kind].items()}
+        log = tmp_path / "log.txt"
+        with serve(folder, log, {"HF_HUB_OFFLINE": "0", **variables}) as (url, _):
+            for _ in range(100):  # 打得开，还要过了自检：那时才印出地址
+                if url in log.read_text("utf-8"):
+                    break
+                time.sleep(0.1)
+        said = log.read_text("utf-8")
+        assert url in said and "Traceback" not in said and not connections, said
+        assert ("SOCKS" in said) == ("socks" in kind)
+
+
+def test_proxies_are_settled(app, monkeypatch):
+    """http 的代理留着，no_proxy 里原有的也留着；大写的 SOCKS 由小写的空值盖住。"""
+    import httpx
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        for spelled in (name, name.upper()):
+            monkeypatch.setenv(spelled, "")  # 测完还原
+            monkeypatch.delenv(spelled)
+    monkeypatch.setenv("HTTPS_PROXY", "http://10.0.0.1:7890")
+    monkeypatch.setenv("ALL_PROXY", "socks://10.0.0.1:7891")
+    monkeypatch.setenv("NO_PROXY", "example.com")
+    app.settle_proxies()
+    proxies = urllib.request.getproxies()
+    assert proxies["https"] == "http://10.0.0.1:7890" and "all" not in proxies
+    assert "example.com" in proxies["no"] and "127.0.0.1" in proxies["no"] and "localhost" in proxies["no"]
+    httpx.Client().close()
+
+
 # ==== 浏览器里的 ====
+
+
+@contextmanager
+def serve(model, log, variables):
+    """启动网页，给出 (地址，进程)；variables 是另加的环境变量，log 是它的输出。"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "space" / "app.py", "--model", model],
+            env=environment() | {"GRADIO_SERVER_PORT": str(port)} | variables,
+            stdout=file,
+            stderr=file,
+        )
+    url = f"http://127.0.0.1:{port}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        for _ in range(480):
+            try:
+                direct.open(url, timeout=5).read()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text("utf-8")
+                time.sleep(0.25)
+        yield url, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    """(地址，进程)。模型不大，但写满 400 个词块要几秒，够看它怎样流出来、怎样停。"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w", encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
-        env=environment() | {"GRADIO_SERVER_PORT": str(port)},
-        stdout=log,
-        stderr=log,
-    )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(480):
-        try:
-            urllib.request.urlopen(url, timeout=5).read()
-            break
-        except OSError:
-            assert process.poll() is None, open(log.name, encoding="utf-8").read()
-            time.sleep(0.25)
-    yield url, psutil.Process(process.pid)
-    process.terminate()
-    process.wait(20)
+    """模型不大，但写满 400 个词块要几秒，够看它怎样流出来、怎样停。"""
+    with serve(folder / "final_model", tmp_path_factory.mktemp("server") / "log.txt", {}) as started:
+        yield started
 
 
 def open_browser(url, profile, width):
