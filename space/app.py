@@ -9,7 +9,7 @@
 
 import argparse
 import codecs
-import importlib.util
+import html
 import json
 import math
 import os
@@ -25,8 +25,7 @@ def settle_proxies():
     """Gradio 启动时要访问一次自己的地址，这一次不能经过代理。它用的 httpx 遇到不认识的代理就报错，所以不用那样的。"""
     proxies = urllib.request.getproxies()  # 环境变量里的；Windows 和 Mac 上没有设时，是系统设置里的
     for kind, address in proxies.items():
-        supported = address.startswith("socks5") and importlib.util.find_spec("socksio")
-        if address.startswith("socks") and not supported:
+        if address.startswith("socks"):
             print(f"{kind}_proxy 是 SOCKS 代理，这里用不上，这次不用它；要从 Hub 下载，请换成 http:// 的")
             address = ""
         os.environ[f"{kind}_proxy"] = address  # 小写的优先，空的等于没有
@@ -47,8 +46,16 @@ HOME = Path(AUTODL if os.path.isdir(AUTODL) else ".") / "gpt2-chinese"
 MAX_CHARACTERS = 2000  # 开头最长多少字：再长，分词和网页都慢
 MAX_NEW_TOKENS = 400
 TIME_LIMIT = 60  # 一次续写最多多少秒：别人在排队
+REFRESH = 3  # “训练中”那一页几秒看一次日志
 EXAMPLES = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 COLORS = {"左": "#ea580c", "右": "#16a34a"}
+STYLE = """
+.tab-container button { padding: 0 9px }  /* 手机上也并排放得下 */
+#bars .bar { height: 10px }
+#samples { max-height: 600px; overflow-y: auto }
+#samples p { white-space: pre-wrap; margin: 4px 0 }
+#samples h4 { margin: 16px 0 4px }
+"""
 # 采样的几个参数：名字、最小、最大、默认、一格、说明
 SAMPLING = [
     ("温度", 0, 2, 0.8, 0.05, "越高越敢选少见的词块；0 是每步取最可能的"),
@@ -98,18 +105,24 @@ class Run:
         self.name = name
         self.lock = threading.Lock()
         self.home = find_home(name)
-        self.log = read_rows(self.home / "train_log.jsonl")
         self.snapshots = find_snapshots(self.home)
-        # 能用的模型，从旧到新：各个快照，最后是训练好的
+        # 能用的模型，从旧到新：各个快照，最后是训练好的。刚开始训练时一个也没有
         self.folders = [note["folder"] for note in self.snapshots]
         final = self.home / "final_model"
         if not os.path.isdir(final):
             final = self.home
-        if os.path.isfile(final / "model.safetensors") or not self.folders:
+        if os.path.isfile(final / "model.safetensors"):
             self.folders.append(final)
         if not os.path.isfile(final / "tokenizer.json"):
             final = self.home / "tokenizer"
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+        if self.folders:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+
+    def config(self):
+        return read_json(self.home / "config.json")
+
+    def log(self):
+        return read_rows(self.home / "train_log.jsonl")
 
     def model(self, index=-1):
         """第 index 个模型；不写就是最新的。"""
@@ -129,6 +142,8 @@ def find_home(name):
     if home.name == "final_model":
         home = home.parent
     if os.path.isdir(home):
+        if not os.listdir(home):
+            raise FileNotFoundError("文件夹是空的")
         return home
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jsonl", "model.safetensors"]))
 
@@ -225,16 +240,28 @@ def points(log, key):
     return [(row["step"], row[key]) for row in log if key in row]
 
 
-def curve(log, marks):
+def references(config):
+    """两个参照：每个词块都一样可能时的损失 ln V；不看前文、只知道各个词块多常见时的损失（词频的熵）。"""
+    losses = {}
+    if "vocab_size" in config:
+        losses["瞎猜：ln V"] = math.log(config["vocab_size"])
+    if "unigram_entropy" in config:
+        losses["只看词频"] = config["unigram_entropy"]
+    return losses
+
+
+def curve(log, config, marks):
     """损失曲线（SVG，只填数字），和几个标记 {名字: 步数}。横轴是 log(1 + 步数)，与快照的间隔相称。"""
     train = points(log, "loss")
     held_out = points(log, "eval_loss")
-    if not log:
-        return "还没有训练日志，画不了损失曲线"
-    losses = [loss for _, loss in train + held_out]
+    levels = references(config)
+    losses = [*levels.values(), *[loss for _, loss in train + held_out]]
+    if not losses:
+        return ""
     low = min(losses) - 0.2
     high = max(losses) + 0.2
-    last = max(10, log[-1]["step"], *marks.values())
+    steps = [step for step, _ in train + held_out]
+    last = max(10, config.get("total_steps", 0), *steps, *marks.values())
 
     def x(step):
         share = math.log1p(step) / math.log1p(last)
@@ -245,8 +272,11 @@ def curve(log, marks):
         return round(20 + 180 * share, 1)
 
     parts = axes(range(math.ceil(low), math.ceil(high)), last, x, y)
+    for name, loss in levels.items():
+        parts.append(f'<path d="M40 {y(loss)} H460" stroke="#dc2626" stroke-dasharray="6"/>')
+        parts.append(f'<text x="400" y="{y(loss) - 5}">{name} {loss:.2f}</text>')
     line = " ".join(f"{x(step)},{y(loss)}" for step, loss in train)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#999"/>')
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#999" stroke-width="2"/>')
     for step, loss in held_out:
         parts.append(f'<circle cx="{x(step)}" cy="{y(loss)}" r="4" fill="#2563eb"/>')
     for name, step in marks.items():
@@ -319,7 +349,7 @@ def growth_tab(run):
 
     def draw(*indexes):
         steps = [run.snapshots[int(index)]["step"] for index in indexes]
-        return curve(run.log, dict(zip("左右", steps, strict=False)))
+        return curve(run.log(), run.config(), dict(zip("左右", steps, strict=False)))
 
     chart = gr.HTML(draw(*ends), elem_id="curve")
     with gr.Row():
@@ -347,6 +377,52 @@ def caption(note):
         return f"第 {note['step']:,} 步"
     loss = f"验证损失 {note['eval_loss']:.2f}，每字比特 {note['eval_bits_per_char']:.2f}"
     return f"第 {note['step']:,} 步，最近一次{loss}"
+
+
+def training_tab(run):
+    if not run.folders:
+        gr.Markdown("还没有模型。留下第一份快照以后，重新启动网页，就有另外几页。")
+    timer = gr.Timer(REFRESH, active=os.path.isdir(run.name))  # 从 Hub 来的不会再变
+    gr.Markdown(partial(progress, run), every=timer, elem_id="progress")
+    gr.HTML(lambda: curve(run.log(), run.config(), {}), every=timer, elem_id="training-curve")
+    gr.HTML(partial(samples, run), every=timer, elem_id="samples")
+
+
+def progress(run):
+    """训练到哪里了，多快，还要多久。"""
+    rows = [row for row in run.log() if "loss" in row]
+    if not rows:
+        return f"{run.home} 里还没有训练日志。在另一个终端里运行 a100_train.py，准备好数据以后就有。"
+    last = rows[-1]
+    step = last["step"]
+    seconds = last["elapsed_seconds"]
+    total = run.config().get("total_steps", step)
+    if step >= total:
+        return f"训练完了：{step:,} 步，用了 {duration(seconds)}，最后的损失是 {last['loss']:.2f}。"
+    left = seconds / step * (total - step)
+    silent = time.time() - os.path.getmtime(run.home / "train_log.jsonl")
+    return (
+        f"第 **{step:,}** / {total:,} 步，损失 **{last['loss']:.2f}**，每秒 {last['tokens_per_second']:,.0f} 个词块，"
+        f"用了 {duration(seconds)}，约剩 **{duration(left)}**。最近一行日志是 {silent:.0f} 秒前写的。"
+    )
+
+
+def duration(seconds):
+    return f"{seconds / 60:.1f} 分钟"
+
+
+def samples(run):
+    """每次验证时写的几段，新的在前。"""
+    evaluations = {}
+    for row in read_rows(run.home / "samples.jsonl"):
+        title = f"第 {row['step']:,} 步，验证损失 {row['eval_loss']:.2f}"
+        evaluations.setdefault(title, []).append(row["text"])
+    parts = []
+    for title, texts in reversed(evaluations.items()):
+        parts.append(f"<h4>{title}</h4>")
+        for text in texts:
+            parts.append(f"<p>{html.escape(text)}</p>")
+    return "".join(parts)
 
 
 def tokenizer_tab(run):
@@ -416,16 +492,34 @@ def next_token_tab(run):
 
 
 def build(run):
-    tabs = {"生成": generate_tab, "成长": growth_tab, "分词": tokenizer_tab, "下一个词": next_token_tab}
+    tabs = {"训练中": training_tab}
+    if run.folders:
+        tabs = {
+            "生成": generate_tab,
+            "成长": growth_tab,
+            **tabs,
+            "分词": tokenizer_tab,
+            "下一个词": next_token_tab,
+        }
     if not run.snapshots:
-        del tabs["成长"]
-    size = run.model().num_parameters()
+        tabs.pop("成长", None)
     with gr.Blocks(title="中文 GPT-2", analytics_enabled=False) as page:
-        gr.Markdown(f"# 中文 GPT-2\n{size:,} 个参数，从零训练。它学的是怎样接着写，写的不一定是真的。")
+        gr.Markdown(f"# 中文 GPT-2\n{introduction(run)}它学的是怎样接着写，写的不一定是真的。")
         for name, tab in tabs.items():
             with gr.Tab(name):
                 tab(run)
     return page.queue(max_size=60, api_open=False)  # 最多 60 人排队；只给网页用
+
+
+def introduction(run):
+    """模型多大；还没有训练完，就说用的是哪一步的快照。"""
+    if not run.folders:
+        return "从零训练。"
+    size = f"{run.model().num_parameters():,} 个参数，从零训练。"
+    newest = run.folders[-1].name
+    if newest.startswith("step-"):
+        size += f"还没有训练完，用的是第 {newest[5:]} 步的快照；要用更新的，重新启动网页。"
+    return size
 
 
 def main():
@@ -439,8 +533,7 @@ def main():
         sys.exit(f"错误：读不出模型 {args.model}（{first_line(error)}）；先训练，或用 --model 指定")
     fonts = ["system-ui", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]  # 不从网上取字体
     theme = gr.themes.Default(font=fonts)
-    css = "#bars .bar { height: 10px }"
-    page.launch(share=False, ssr_mode=False, footer_links=[], theme=theme, css=css)
+    page.launch(share=False, ssr_mode=False, footer_links=[], theme=theme, css=STYLE)
 
 
 if __name__ == "__main__":

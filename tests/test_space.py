@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -64,7 +65,7 @@ def run(app, folder):
 
 def test_finds_what_a_run_left(app, run, folder):
     assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS)
-    assert run.log[-1]["eval_loss"] == 2.5
+    assert run.log()[-1]["eval_loss"] == 2.5
     assert app.Run(str(folder)).folders == run.folders  # 工作目录也行
     assert run.model(1) is run.model(1) and run.model(1) is not run.model()
 
@@ -85,8 +86,9 @@ def unfinished(folder, tmp_path, steps):
 def test_unfinished_run(app, folder, tmp_path, steps):
     run = app.Run(str(unfinished(folder, tmp_path, steps)))
     assert run.folders[-1].name == f"step-{steps[-1]}" and run.model() is run.model(len(steps) - 1)
-    assert run.log[-1]["step"] == 200 and "loss" in run.log[-1]  # 半行的那次验证不算
-    assert app.curve(run.log, {"左": 0}).startswith("<svg")
+    last = run.log()[-1]
+    assert last["step"] == 200 and "loss" in last  # 半行的那次验证不算
+    assert app.curve(run.log(), {}, {"左": 0}).startswith("<svg")
     assert app.build(run)  # 只有一份快照也打得开
 
 
@@ -190,7 +192,7 @@ def test_odd_prompts(app, run):
 
 
 def test_curve_holds_numbers_only(app, run):
-    svg = app.curve(run.log, {"左": 10, "右": 200})
+    svg = app.curve(run.log(), run.config(), {"左": 10, "右": 200})
     assert (
         svg.count("<polyline") == 1
         and "<circle" in svg
@@ -202,7 +204,40 @@ def test_curve_holds_numbers_only(app, run):
 @pytest.mark.parametrize("log", [[], [{"step": 0, "eval_loss": 5.9}]])
 def test_curve_of_a_beginning(app, log):
     """还没有日志，或只有训练前的那次验证。"""
-    assert not re.search(r"nan|inf|None", app.curve(log, {"左": 0, "右": 0}))
+    assert not re.search(r"nan|inf|None", app.curve(log, {}, {"左": 0, "右": 0}))
+
+
+def test_references(app, run):
+    """ln V 和词频的两条线：高度与损失用同一把尺子；没有记下来的不画。"""
+    config = run.config()
+    expected = {"瞎猜：ln V": math.log(config["vocab_size"]), "只看词频": 5.1}
+    assert app.references(config) == expected and app.references({}) == {}
+    svg = app.curve([{"step": 0, "eval_loss": 5.1}], config, {})
+    height = re.search(r'<circle cx="40.0" cy="([\d.]+)"', svg)[1]
+    assert f"M40 {height} H460" in svg and "只看词频 5.10" in svg
+
+
+def test_progress(app, tmp_path):
+    """200 步用了 100 秒，还有 1,000 步：约剩 500 秒。"""
+    run = app.Run.__new__(app.Run)
+    run.home = tmp_path
+    assert "还没有训练日志" in app.progress(run) and app.samples(run) == ""
+    tiny_run.write_json(tmp_path / "config.json", {"total_steps": 1200})
+    row = {"step": 200, "loss": 5.123, "tokens_per_second": 2900.4, "elapsed_seconds": 100.0}
+    tiny_run.write_jsonl(tmp_path / "train_log.jsonl", [row])
+    said = app.progress(run)
+    assert "第 **200** / 1,200 步，损失 **5.12**，每秒 2,900 个词块" in said
+    assert "用了 1.7 分钟，约剩 **8.3 分钟**" in said
+    tiny_run.write_jsonl(tmp_path / "train_log.jsonl", [row, {**row, "step": 1200}])
+    assert "训练完了：1,200 步" in app.progress(run)
+
+
+def test_samples(app, folder, tmp_path):
+    """新的在前；尖括号是文本。"""
+    run = app.Run.__new__(app.Run)
+    run.home = folder
+    shown = app.samples(run)
+    assert shown.index("第 200 步") < shown.index("第 0 步") and "&lt;b&gt;一段&lt;/b&gt;" in shown
 
 
 def test_missing_model(app, tmp_path):
@@ -305,7 +340,7 @@ def server(folder, tmp_path_factory):
         yield started
 
 
-def open_browser(url, profile, width):
+def open_browser(url, profile, width, ready="start"):
     chromium = shutil.which("chromium")
     if not chromium or not shutil.which("chromedriver"):
         missing = "没有 chromium 或 chromedriver：apt-get install -y chromium chromium-driver"
@@ -321,7 +356,7 @@ def open_browser(url, profile, width):
         options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     browser.get(url)
-    wait(browser, lambda: browser.find_elements(By.ID, "start"))
+    wait(browser, lambda: browser.find_elements(By.ID, ready))
     return browser
 
 
@@ -359,6 +394,43 @@ def fill(browser, name, text):
 
 def text_of(browser, name):
     return browser.find_element(By.ID, name).text
+
+
+def test_training_in_progress(folder, tmp_path):
+    """刚开始训练：还没有日志，没有模型。页面开着，训练往前走，不用刷新。"""
+    home = tmp_path / "在 训练"
+    home.mkdir()
+    shutil.copy(folder / "config.json", home)
+    config = json.loads((home / "config.json").read_text("utf-8"))
+    tiny_run.write_json(home / "config.json", {**config, "total_steps": 400})
+    log = (folder / "train_log.jsonl").read_text("utf-8").splitlines(keepends=True)
+    rows = (folder / "samples.jsonl").read_text("utf-8").splitlines(keepends=True)
+    attack = json.dumps({"step": 10, "prompt": "", "text": ATTACK, "eval_loss": 4.25}) + "\n"
+
+    with serve(home, tmp_path / "log.txt", {}) as (url, _):
+        browser = open_browser(url, tmp_path / "profile", 1280, "progress")
+        try:
+            wait(browser, lambda: "还没有训练日志" in text_of(browser, "progress"))
+            tabs = browser.find_elements(By.CSS_SELECTOR, "button[role=tab]")
+            assert [tab.text for tab in tabs] == ["训练中"]
+            assert "还没有模型" in browser.find_element(By.TAG_NAME, "body").text
+            (home / "train_log.jsonl").write_text("".join(log[:2]) + log[2][:20], "utf-8")
+            (home / "samples.jsonl").write_text(rows[0], "utf-8")
+            wait(browser, lambda: "第 10 / 400 步，损失 5.83" in text_of(browser, "progress"))
+            wait(browser, lambda: "第 0 步写的 <b>一段</b>| 话。" in text_of(browser, "samples"))
+            wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#training-curve circle"))
+            chart = text_of(browser, "training-curve")
+            assert "瞎猜：ln V" in chart and "只看词频 5.10" in chart
+            (home / "train_log.jsonl").write_text("".join(log[:12]), "utf-8")
+            (home / "samples.jsonl").write_text(rows[0] + attack, "utf-8")
+            wait(browser, lambda: "第 110 / 400 步，损失 4.17" in text_of(browser, "progress"))
+            wait(browser, lambda: "第 10 步，验证损失 4.25\n<script>" in text_of(browser, "samples"))
+            assert browser.execute_script("return window.hacked === undefined")
+            line = browser.find_element(By.CSS_SELECTOR, "#training-curve polyline").get_attribute("points")
+            assert len(line.split()) == 11
+        finally:
+            browser.quit()
+    assert "Traceback" not in (tmp_path / "log.txt").read_text("utf-8")
 
 
 def test_streams_and_stops(browser):
@@ -479,11 +551,14 @@ def test_nothing_from_the_network(browser, server):
     assert not errors, errors
 
 
+PHONE = {"生成": "start", "成长": "both", "训练中": "progress", "分词": "pieces", "下一个词": "draw"}
+
+
 def test_phone(server, tmp_path):
     """390 像素宽：每个标签页都不用左右拖，按钮够得着。"""
     phone = open_browser(server[0], tmp_path / "phone", 390)
     try:
-        for tab, name in (("生成", "start"), ("成长", "both"), ("分词", "pieces"), ("下一个词", "draw")):
+        for tab, name in PHONE.items():
             go_to(phone, tab)
             wait(phone, lambda name=name: phone.find_element(By.ID, name).is_displayed())
             assert phone.execute_script("return document.documentElement.scrollWidth") <= 390, tab
