@@ -14,15 +14,18 @@
 
 import argparse
 import json
-import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
 from common import ROOT, link_data, prepare, provenance, read_lines, train, write_atomic
+
+sys.path.insert(0, str(ROOT))
+import a100_train  # noqa: E402
 
 RESULTS = ROOT / "results" / "experiments"
 
@@ -179,36 +182,47 @@ def run_variant(name, variant, seed, work):
 # ==== 3. 同样的时间、同样多的字，各是多少步 ====
 
 
-def cpu_seconds(arguments, patches, folder):
-    """运行一次，用了多少 CPU 秒：机器忙的时候，墙上的钟不可信。"""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = train(folder, arguments, patches)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if result["error"]:
-        sys.exit(f"错误：量时间的训练失败了：{result['error']}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def measure_step_times(name, work, rounds=3, short=20, long=120):
-    """各变体一步的 CPU 秒：长的一次减去短的一次，除以多出来的步数，启动的时间就消掉了。轮流量，取中位数。"""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    seconds = {variant: [] for variant in EXPERIMENTS[name]}
+def measure_step_times(name, work, rounds=25):
+    """各变体一步的 CPU 秒，一个线程。轮流各做一步，取中位数：机器忽快忽慢，比例还是对的。"""
+    torch.set_num_threads(1)
+    folder = work / "step-times"
+    shutil.rmtree(folder, ignore_errors=True)
+    link_data(data_folder(work, "4500"), folder)
+    config = train(folder, all_arguments(["--max_steps", "1"]))["config"]
+    steps = {}
+    for variant, (_, text) in EXPERIMENTS[name].items():
+        words = text.replace("--max_steps {steps}", "").split()
+        changes = {key[2:]: int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+        steps[variant] = training_steps(argparse.Namespace(**config | changes), folder)
+    seconds = {variant: [] for variant in steps}
     for _ in range(rounds):
-        for variant, (_, text) in EXPERIMENTS[name].items():
-            options = text.replace("--max_steps {steps}", "").split()
-            data = data_folder(work, vocabulary_of(options))
-            used = []
-            for steps in (short, long):
-                folder = work / "step-times"
-                shutil.rmtree(folder, ignore_errors=True)
-                link_data(data, folder)
-                arguments = all_arguments([*options, "--max_steps", str(steps)])
-                used.append(cpu_seconds(arguments, [], folder))
-            seconds[variant].append((used[1] - used[0]) / (long - short))
-            print(variant, round(seconds[variant][-1], 4), flush=True)
+        for variant, one_step in steps.items():
+            start = time.process_time()
+            next(one_step)
+            seconds[variant].append(time.process_time() - start)
     report = {variant: round(statistics.median(values), 5) for variant, values in seconds.items()}
-    report |= {"what": "一步的 CPU 秒，一个线程", "all": seconds, "commit": commit(), **provenance()}
+    report |= {
+        "what": "一步的 CPU 秒，一个线程，中位数",
+        "rounds": rounds,
+        "commit": commit(),
+        **provenance(),
+    }
     write_atomic(RESULTS / f"{name}.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+
+
+def training_steps(settings, folder):
+    """每要一次，就训练一步。"""
+    model = a100_train.build_model(settings)
+    groups = a100_train.parameter_groups(model, settings.learning_rate, settings.muon_learning_rate)
+    optimizer = a100_train.Muon(groups)
+    size = settings.effective_batch_size
+    blocks = a100_train.BlockStream(folder / "packed" / "train.bin", settings.block_size, size, settings.seed)
+    batch = torch.utils.data.default_collate([blocks[i] for i in range(size)])
+    while True:
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 def measure_characters(name, work):
