@@ -25,7 +25,7 @@ import torch
 from common import ROOT, link_data, prepare, provenance, read_lines, train, write_atomic
 
 sys.path.insert(0, str(ROOT))
-import a100_train  # noqa: E402
+import a100_train
 
 RESULTS = ROOT / "results" / "experiments"
 
