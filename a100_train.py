@@ -191,8 +191,12 @@ def choose(option, asked, possible):
 
 def choose_machine(s):
     """设备、精度、注意力……实际用什么。"""
-    cuda = torch.cuda.is_available()
-    s.device = choose("device", s.asked_device, ["cuda", "cpu"] if cuda else ["cpu", "mps"])
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    s.device = choose("device", s.asked_device, devices)
     s.device_name = s.device
     capability = (0, 0)  # 计算能力，NVIDIA 给每代显卡的编号：T4 是 (7, 5)，A100 是 (8, 0)
     if s.device == "cuda":
@@ -252,9 +256,11 @@ def derive(s):
     s.steps_per_epoch = s.n_blocks / s.effective_batch_size
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
     per_layer = 12 * s.n_embd**2 + 13 * s.n_embd
-    s.parameters = (s.vocab_size + s.block_size + 2) * s.n_embd + s.n_layer * per_layer
+    embeddings = (s.vocab_size + s.block_size) * s.n_embd
+    s.parameters = embeddings + s.n_layer * per_layer + 2 * s.n_embd
     # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4；位置向量不做乘法，不算），另加注意力
-    s.flops_per_token = 6 * s.parameters + (12 * s.n_layer - 6) * s.block_size * s.n_embd
+    positions = s.block_size * s.n_embd
+    s.flops_per_token = 6 * (s.parameters - positions) + 12 * s.n_layer * positions
     s.batch_size = s.asked_batch_size or choose_batch_size(s)
     print(
         f"{s.device_name}，{s.precision}，注意力 {s.attn}，{s.optim}，compile {s.compile}，微批量 {s.batch_size} 块"
@@ -334,12 +340,14 @@ def pack(s):
             file.write(tokens)
             counts += np.bincount(tokens, minlength=len(sp))
     sources = {}
-    held_out = pq.read_table(sorted(s.work_dir.glob("corpus/eval-*.parquet")), partitioning=None).to_pandas()
+    files = sorted(s.work_dir.glob("corpus/eval-*.parquet"))
+    held_out = pq.read_table(files, partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
             start = file.tell() // 2
             file.write(encode(sp, list(texts)))
-            sources[name] = {"start": start, "end": file.tell() // 2, "characters": len("".join(texts))}
+            end = file.tell() // 2
+            sources[name] = {"start": start, "end": end, "characters": len("".join(texts))}
     share = counts[counts > 0] / counts.sum()
     meta = {
         "key": s.data_fingerprint,
@@ -368,8 +376,10 @@ class BlockStream(torch.utils.data.Dataset):
         self.data = np.memmap(path, np.uint16, "r")  # 用到哪里读哪里，不占内存
         self.block_size = block_size
         n_blocks = len(self.data) // block_size  # 只丢掉末尾不满一块的
-        epochs = range(math.ceil(length / n_blocks))
-        orders = [np.random.default_rng([seed, epoch]).permutation(n_blocks) for epoch in epochs]
+        orders = []
+        for epoch in range(math.ceil(length / n_blocks)):
+            random = np.random.default_rng([seed, epoch])
+            orders.append(random.permutation(n_blocks))
         self.order = np.concatenate(orders)[:length]
 
     def __len__(self):
@@ -378,10 +388,12 @@ class BlockStream(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """{"input_ids", "labels"}，形状都是 (T,)；labels 是每个位置的下一个 token，也就是答案。"""
         start = self.order[index] * self.block_size
-        tokens = self.data[start : start + self.block_size + 1].astype(np.int64)
+        end = start + self.block_size
+        tokens = self.data[start : end + 1].astype(np.int64)
         # 整个语料的最后一个 token 没有下一个：补一个 -100，cross_entropy 见了它就不计损失
         tokens = np.append(tokens, -100)
-        return {"input_ids": tokens[: self.block_size], "labels": tokens[1 : self.block_size + 1]}
+        size = self.block_size
+        return {"input_ids": tokens[:size], "labels": tokens[1 : size + 1]}
 
 
 # ==== 3. 模型：GPT-2 ====
@@ -463,7 +475,8 @@ def build_model(s):
 def orthogonalize(matrix):
     """Newton–Schulz 迭代：(k, m, n) 是 k 个矩阵，奇异值都变成约 1，方向不变。系数来自 Jordan。"""
     x = matrix.float()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
     if x.is_cuda:
         x = x.half()  # 每个数都不超过 1，2 字节够用
     tall = x.size(-2) > x.size(-1)
@@ -498,10 +511,12 @@ class Muon(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95 %，新的梯度占 5 %
         update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov：把新的梯度再算进一点
-        parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
-        scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的，步子放大 √4 倍
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(torch.cat(parts.unbind(), dim=1), alpha=group["lr"] * scale)
+        parts = torch.stack(update.chunk(group["split"], dim=1))
+        _, rows, columns = parts.shape
+        update = torch.cat(orthogonalize(parts).unbind(), dim=1)
+        lr = group["lr"]
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(update, alpha=lr * max(1, columns / rows) ** 0.5)  # C → 4C 的，步子放大 √4 倍
 
 
 def parameter_groups(model, adamw_lr, muon_lr):
@@ -527,10 +542,13 @@ def build_optimizer(model, s):
     if s.optim == "muon":
         # fused：整个更新在一个核里。fp16 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半却不会；None 让 torch 选别的
         fused = None if s.precision == "fp16" else True
-        return Muon(parameter_groups(model, s.learning_rate, s.muon_learning_rate), betas=BETAS, fused=fused)
+        groups = parameter_groups(model, s.learning_rate, s.muon_learning_rate)
+        return Muon(groups, betas=BETAS, fused=fused)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     if s.optim == "adamw_bnb_8bit":
         import bitsandbytes as bnb
@@ -567,8 +585,10 @@ def held_out_loss(model, s):
     data = np.fromfile(s.work_dir / "packed/eval.bin", np.uint16).astype(np.int64)
     tokens = torch.from_numpy(data).to(model.device)
     padding = -len(tokens) % s.block_size
-    inputs = F.pad(tokens[:-1], (1, padding), value=EOS).view(-1, s.block_size)
-    labels = F.pad(tokens, (0, padding)).view(-1, s.block_size)
+    inputs = F.pad(tokens[:-1], (1, padding), value=EOS)
+    inputs = inputs.view(-1, s.block_size)
+    labels = F.pad(tokens, (0, padding))
+    labels = labels.view(-1, s.block_size)
     nats = torch.zeros(labels.shape, device=model.device)  # 每个 token 的损失
     for start in range(16 * RANK, len(inputs), 16 * WORLD_SIZE):  # 一次 16 块；几个进程各算一份
         rows = slice(start, start + 16)
@@ -585,8 +605,9 @@ def held_out_loss(model, s):
 
 
 def add_metrics(metrics, name, losses, characters):
+    bits = float(losses.sum()) / math.log(2)
     metrics[f"{name}_loss"] = round(float(losses.mean()), 6)
-    metrics[f"{name}_bits_per_char"] = round(float(losses.sum()) / math.log(2) / characters, 6)
+    metrics[f"{name}_bits_per_char"] = round(bits / characters, 6)
 
 
 def generate_samples(model, tokenizer, s):
@@ -622,7 +643,8 @@ class Observer(transformers.TrainerCallback):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
         # 在终端里是进度条；写进文件或 notebook 时，改成至多约四十行
         self.bar = tqdm(total=s.total_steps, desc="训练", unit="步", file=sys.stdout, disable=None)
-        self.print_steps = s.logging_steps * math.ceil(s.total_steps / s.logging_steps / 40)
+        logs = s.total_steps / s.logging_steps
+        self.print_steps = s.logging_steps * math.ceil(logs / 40)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.clock = time.perf_counter()
@@ -649,7 +671,8 @@ class Observer(transformers.TrainerCallback):
             f"\n── 第 {step} 步的验证：损失 {loss:.3f}，每字比特 {metrics['eval_bits_per_char']:.3f} ──"
         )
         for prompt, text in generate_samples(model, self.tokenizer, s).items():
-            state.log_history.append({"eval_loss": loss, "prompt": prompt, "step": step, "text": text})
+            row = {"eval_loss": loss, "prompt": prompt, "step": step, "text": text}
+            state.log_history.append(row)
             tqdm.write(f"    {' '.join(text.split())}")
         self.trainer.log(metrics)
         save_snapshot(model, s, state)
@@ -679,7 +702,8 @@ class Observer(transformers.TrainerCallback):
         # MFU（model FLOPs utilization）：用上的浮点运算，占这些卡峰值的几分之几；不认识的卡就不记
         for card, tflops in PEAK_TFLOPS.items():
             if re.search(rf"\b{card}\b", s.device_name):
-                logs["mfu"] = round(speed * s.flops_per_token / (tflops * 1e12 * WORLD_SIZE), 4)
+                peak = tflops * 1e12 * WORLD_SIZE
+                logs["mfu"] = round(speed * s.flops_per_token / peak, 4)
                 line += f" | MFU {logs['mfu']:.0%}"
         state.log_history[-1].update(logs)
         self.bar.set_postfix_str(line)
@@ -722,15 +746,17 @@ def build_trainer(s, stop):
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
-    blocks = s.total_steps * s.effective_batch_size
+    length = s.total_steps * s.effective_batch_size
+    blocks = BlockStream(s.work_dir / "packed/train.bin", s.block_size, length, s.seed)
     model = build_model(s).to(arguments.device)
     optimizer = build_optimizer(model, s)
     scale = partial(learning_rate_scale, total_steps=s.total_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     trainer = transformers.Trainer(
         model,
         arguments,
-        train_dataset=BlockStream(s.work_dir / "packed/train.bin", s.block_size, blocks, s.seed),
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)),
+        train_dataset=blocks,
+        optimizers=(optimizer, scheduler),
         callbacks=[stop],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -806,7 +832,8 @@ def save_final_model(s, model):
     transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer").save_pretrained(folder)
     plot = Path(__file__).with_name("plot_loss.py")
     if plot.exists():
-        subprocess.run([sys.executable, plot, s.work_dir, "--output", s.work_dir / "loss_curve.png"])
+        picture = s.work_dir / "loss_curve.png"
+        subprocess.run([sys.executable, plot, s.work_dir, "--output", picture])
     print(
         f"\n完成。模型在 {folder}。接下来：\n"
         f'  1. 让它续写：python generate.py "{PROMPTS[0]}" --model {s.work_dir}\n'
@@ -876,8 +903,9 @@ def prepare_process(s, checkpoint):
 
 def run_script(name, output, *options):
     """运行本脚本旁边的另一个脚本。"""
-    command = [sys.executable, Path(__file__).with_name(name), "--output_dir", output, *map(str, options)]
-    code = subprocess.run(command).returncode
+    script = Path(__file__).with_name(name)
+    command = [sys.executable, script, "--output_dir", output, *options]
+    code = subprocess.run(list(map(str, command))).returncode
     if code:
         sys.exit(code)
 
@@ -910,10 +938,12 @@ def is_complete(checkpoint):
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         safetensors.torch.load_file(checkpoint / "model.safetensors")
-        broken = [path for path in checkpoint.glob("*.pt*") if zipfile.ZipFile(path).testzip()]
+        for path in [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt*")]:
+            if zipfile.ZipFile(path).testzip():
+                return False
     except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
         return False
-    return not broken and (checkpoint / "optimizer.pt").exists()
+    return True
 
 
 def write_text(path, text):
@@ -924,7 +954,8 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, default=str))
+    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    write_text(path, text)
 
 
 def write_history(folder, history):
@@ -947,10 +978,14 @@ def save_snapshot(model, s, state):
         return
     step = state.global_step
     folder = s.work_dir / "snapshots" / f"step-{step}"
-    model.save_pretrained(folder, state_dict={name: p.bfloat16() for name, p in model.named_parameters()})
-    note = [row for row in state.log_history if "eval_bits_per_char" in row][-1]
-    tokens = step * s.tokens_per_step
-    write_json(folder / "snapshot.json", {**note, "eval_step": note["step"], "step": step, "tokens": tokens})
+    weights = {name: p.bfloat16() for name, p in model.named_parameters()}
+    model.save_pretrained(folder, state_dict=weights)
+    evaluations = [row for row in state.log_history if "eval_bits_per_char" in row]
+    note = dict(evaluations[-1])
+    note["eval_step"] = note["step"]
+    note["step"] = step
+    note["tokens"] = step * s.tokens_per_step
+    write_json(folder / "snapshot.json", note)
 
 
 def check_disk(s, bytes_per_parameter):
