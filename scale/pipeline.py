@@ -25,6 +25,7 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
@@ -41,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare_corpus
 
 # load_dataset 按它找两个切分；来源和许可由使用者补上
+SCHEMA = pa.schema({"text": pa.string(), "source": pa.string()})
 CARD = """---
 configs:
 - config_name: default
@@ -84,10 +86,11 @@ class ReadAndClean(PipelineStep):
     def run(self, data=None, rank=0, world_size=1):
         for number in range(rank, len(self.files), world_size):
             source, path = self.files[number]
-            for text in prepare_corpus.read_texts(Path(path)):
-                text, counts, _ = prepare_corpus.clean(text)
-                for step, count in counts.items():
-                    self.stat_update(step, value=count)
+            for text, changes in prepare_corpus.read_file(Path(path), prepare_corpus.SHAPES):
+                if text is not None:
+                    text, changes = prepare_corpus.clean(text)
+                for step, times, _ in changes:
+                    self.stat_update(step, value=times)
                 if text:
                     self.update_doc_stats(
                         document := Document(text, path, metadata={"source": source, "file": number})
@@ -183,7 +186,7 @@ def stages(files, output_dir, tasks):
         return [ReadCleaned(cleaned), ExactDedupFilter(duplicates, config)]
 
     # max_file_size=-1：一个任务一个文件，文件名就是任务号
-    writer = dict(compression="zstd", adapter=text_and_source, schema=prepare_corpus.SCHEMA, max_file_size=-1)
+    writer = dict(compression="zstd", adapter=text_and_source, schema=SCHEMA, max_file_size=-1)
     return [
         (
             "clean",
