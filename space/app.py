@@ -29,8 +29,7 @@ def settle_proxies():
             print(f"{kind}_proxy 是 SOCKS 代理，这里用不上，这次不用它；要从 Hub 下载，请换成 http:// 的")
             address = ""
         os.environ[f"{kind}_proxy"] = address  # 小写的优先，空的等于没有
-    own = ["localhost", "127.0.0.1", os.environ.get("GRADIO_SERVER_NAME", "")]
-    os.environ["no_proxy"] = ",".join([*own, proxies.get("no", "")])
+    os.environ["no_proxy"] = "localhost,127.0.0.1," + proxies.get("no", "")
 
 
 settle_proxies()  # 要在 import gradio 之前：它一被 import 就读代理的设置
@@ -46,12 +45,24 @@ HOME = Path(AUTODL if os.path.isdir(AUTODL) else ".") / "gpt2-chinese"
 MAX_CHARACTERS = 2000  # 开头最长多少字：再长，分词和网页都慢
 MAX_NEW_TOKENS = 400
 TIME_LIMIT = 60  # 一次续写最多多少秒：别人在排队
+MAX_PIECES = 32  # “里面”那一页最多画多少个词块：再多，格子就太小
 REFRESH = 3  # “训练中”那一页几秒看一次日志
 EXAMPLES = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
-COLORS = {"左": "#ea580c", "右": "#16a34a"}
+SIDES = {"左": "#ea580c", "右": "#16a34a"}  # 成长那一页的两边，和它们在曲线上的颜色
+INSIDE = """
+- 上面的图：每个词块一行，它从自己和前面的词块取信息；格子越深，从那一列取得越多（指着格子，看从谁到谁、多少）。
+- 下面的表：把每一层的结果直接当成最后的结果，模型会猜下一个词块是什么（0 层：还没有进任何一层）。这只是朝里面看一眼，不是解释。
+"""
 STYLE = """
 .tab-container button { padding: 0 9px }  /* 手机上也并排放得下 */
 #bars .bar { height: 10px }
+#inside { overflow-x: auto }
+#inside table { position: relative; margin-bottom: 32px; width: auto }
+#inside th, #inside td { border: 1px solid #8884; font-weight: normal; padding: 4px 12px }
+#inside table:first-of-type * { min-width: 20px; height: 20px; padding: 0 2px }
+#inside table:first-of-type tr:first-child th { max-width: 20px; word-break: break-all; vertical-align: bottom }
+#inside td:hover::after { content: attr(data-hint); position: absolute; left: 0; bottom: -28px }
+@media (max-width: 500px) { #inside table:first-of-type * { min-width: 9px; padding: 0; font-size: 9px } }
 #samples { max-height: 600px; overflow-y: auto }
 #samples p { white-space: pre-wrap; margin: 4px 0 }
 #samples h4 { margin: 16px 0 4px }
@@ -63,12 +74,7 @@ SAMPLING = [
     ("top_p", 0.05, 1, 0.9, 0.05, "只在累计概率到这么多的词块里抽"),
     ("重复惩罚", 1, 2, 1.1, 0.05, "出现过的词块不那么可能再出现；1 是不罚"),
 ]
-# 按一下要算很久的事：同时最多做两件，其余排队（Space 免费的机器是 2 核）
-SLOW = {"concurrency_id": "model", "concurrency_limit": 2, "show_progress": "minimal"}
-# 也要算模型，但正忙时又变了几次的话，只做最后那一次
-LATEST = {**SLOW, "trigger_mode": "always_last"}
-# 不算模型的事：马上做，不排队
-QUICK = {"concurrency_limit": None, "show_progress": "hidden", "trigger_mode": "always_last"}
+QUIET = {"show_progress": "hidden"}  # 改一个字就重算的：不要一闪一闪的进度
 
 
 # ==== 1. 一次训练留下的东西 ====
@@ -94,10 +100,6 @@ def read_rows(path):
     return rows
 
 
-def first_line(error):
-    return str(error).split("\n")[0]
-
-
 class Run:
     """工作目录里的模型、分词器、快照、日志。权重用到了才读。"""
 
@@ -106,23 +108,19 @@ class Run:
         self.lock = threading.Lock()
         self.home = find_home(name)
         self.snapshots = find_snapshots(self.home)
-        # 能用的模型，从旧到新：各个快照，最后是训练好的。刚开始训练时一个也没有
+        # 能用的模型和它们的说明，从旧到新：各个快照，最后是训练好的。刚开始训练时一个也没有
         self.folders = [note["folder"] for note in self.snapshots]
+        self.captions = [caption(note) for note in self.snapshots]
         final = self.home / "final_model"
         if not os.path.isdir(final):
             final = self.home
         if os.path.isfile(final / "model.safetensors"):
             self.folders.append(final)
+            self.captions.append("训练好的模型")
         if not os.path.isfile(final / "tokenizer.json"):
             final = self.home / "tokenizer"
         if self.folders:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(final)
-
-    def config(self):
-        return read_json(self.home / "config.json")
-
-    def log(self):
-        return read_rows(self.home / "train_log.jsonl")
 
     def model(self, index=-1):
         """第 index 个模型；不写就是最新的。"""
@@ -132,8 +130,14 @@ class Run:
                 if not os.path.isfile(folder / "model.safetensors"):
                     snapshot_download(self.name, allow_patterns=f"snapshots/{folder.name}/*")
                 return load(folder)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise gr.Error(f"读不出 {folder.name}（{first_line(error)}）", print_exception=False)
+        except (OSError, ValueError, SafetensorError):
+            raise gr.Error(f"读不出 {folder} 里的权重", print_exception=False)
+
+    def config(self):
+        return read_json(self.home / "config.json")
+
+    def log(self):
+        return read_rows(self.home / "train_log.jsonl")
 
 
 def find_home(name):
@@ -142,8 +146,6 @@ def find_home(name):
     if home.name == "final_model":
         home = home.parent
     if os.path.isdir(home):
-        if not os.listdir(home):
-            raise FileNotFoundError("文件夹是空的")
         return home
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jsonl", "model.safetensors"]))
 
@@ -158,10 +160,23 @@ def find_snapshots(home):
     return sorted(notes, key=lambda note: note["step"])
 
 
+def caption(note):
+    """快照的步数和当时的验证损失。"""
+    step = f"第 {note['step']:,} 步"
+    if not note["eval_loss"]:
+        return step
+    bits = note["eval_bits_per_char"]
+    return f"{step}，最近一次验证损失 {note['eval_loss']:.2f}，每字比特 {bits:.2f}"
+
+
 @lru_cache(maxsize=4)  # 82 M 参数的每个 0.33 GB
 def load(folder):
-    """fp32：快照存成 bf16 是为了省地方，多数 CPU 算 bf16 慢得多。"""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """fp32：快照存成 bf16 是为了省地方，多数 CPU 算 bf16 慢得多。只有 eager 的注意力肯把权重交出来看。"""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device)
 
@@ -186,7 +201,7 @@ def piece_bytes(run, token):
 
 
 @torch.inference_mode()
-def forward(model, ids, cache):
+def forward(model, ids, cache=None):
     """ids 之后下一个词块的分数 (V,)。cache 存着前文的 K、V：每步只要算新的一个词块。"""
     batch = torch.tensor([ids], device=model.device)
     output = model(batch, cache, use_cache=True, logits_to_keep=1)
@@ -197,12 +212,16 @@ def probabilities(scores, ids, temperature, top_k, top_p, penalty):
     """分数变成概率 (V,)：罚出现过的，除以温度，留最可能的 top_k 个，再留累计到 top_p 的，归一。"""
     if temperature == 0:
         top_k = 1  # 只留最可能的
-    rules = transformers.LogitsProcessorList()
-    rules.append(transformers.RepetitionPenaltyLogitsProcessor(float(penalty)))
-    rules.append(transformers.TemperatureLogitsWarper(max(float(temperature), 0.01)))
-    rules.append(transformers.TopKLogitsWarper(int(top_k)))
-    rules.append(transformers.TopPLogitsWarper(float(top_p)))
-    return rules(torch.tensor([ids]), scores[None])[0].softmax(-1)
+    rules = [
+        transformers.RepetitionPenaltyLogitsProcessor(float(penalty)),
+        transformers.TemperatureLogitsWarper(max(float(temperature), 0.01)),
+        transformers.TopKLogitsWarper(int(top_k)),
+        transformers.TopPLogitsWarper(float(top_p)),
+    ]
+    scores = scores[None]
+    for rule in rules:
+        scores = rule(torch.tensor([ids]), scores)
+    return scores[0].softmax(-1)
 
 
 def write(run, model, prompt, temperature, top_k, top_p, penalty, max_new_tokens, seed):
@@ -233,6 +252,23 @@ def write(run, model, prompt, temperature, top_k, top_p, penalty, max_new_tokens
             return
 
 
+def best(run, chances, count):
+    """最可能的 count 个词块：[(编号，写法，概率), …]。"""
+    values, tokens = chances.topk(count)
+    pieces = run.tokenizer.convert_ids_to_tokens(tokens.tolist())
+    return list(zip(tokens.tolist(), pieces, values.tolist(), strict=True))
+
+
+@torch.inference_mode()
+def look_inside(model, ids):
+    """各层的注意力 [(1, H, T, T), …]，和最后一个位置在各层之后的猜测：各词块的概率 (L + 1, V)。"""
+    batch = torch.tensor([ids], device=model.device)
+    output = model(batch, output_attentions=True, output_hidden_states=True)
+    states = torch.stack([state[0, -1] for state in output.hidden_states])  # 第 0 个是词向量 + 位置向量
+    states[:-1] = model.transformer.ln_f(states[:-1])  # 最后一个已经过了 ln_f
+    return output.attentions, model.lm_head(states).softmax(-1).cpu()
+
+
 # ==== 3. 图 ====
 
 
@@ -250,8 +286,10 @@ def references(config):
     return losses
 
 
-def curve(log, config, marks):
+def curve(run, marks):
     """损失曲线（SVG，只填数字），和几个标记 {名字: 步数}。横轴是 log(1 + 步数)，与快照的间隔相称。"""
+    log = run.log()
+    config = run.config()
     train = points(log, "loss")
     held_out = points(log, "eval_loss")
     levels = references(config)
@@ -260,7 +298,7 @@ def curve(log, config, marks):
         return ""
     low = min(losses) - 0.2
     high = max(losses) + 0.2
-    steps = [step for step, _ in train + held_out]
+    steps = [row["step"] for row in log]
     last = max(10, config.get("total_steps", 0), *steps, *marks.values())
 
     def x(step):
@@ -281,7 +319,7 @@ def curve(log, config, marks):
         parts.append(f'<circle cx="{x(step)}" cy="{y(loss)}" r="4" fill="#2563eb"/>')
     for name, step in marks.items():
         mark = f'<path d="M{x(step)} 20 V204"/><text x="{x(step)}" y="15">{name}</text>'
-        parts.append(f'<g stroke="{COLORS[name]}">{mark}</g>')
+        parts.append(f'<g stroke="{SIDES[name]}">{mark}</g>')
     style = 'font-size="14" fill="currentColor" text-anchor="middle"'
     size = 'style="width: 100%; max-width: 600px; margin: auto"'
     return f'<svg viewBox="0 0 480 240" {style} {size}>{"".join(parts)}</svg>'
@@ -299,11 +337,28 @@ def axes(losses, last, x, y):
     return parts
 
 
+def table(rows):
+    return "<table><tr>" + "</tr><tr>".join(rows) + "</tr></table>"
+
+
+def heat_map(pieces, weights):
+    """注意力 (T, T) 画成表格。每个词块一行；颜色越深，它从那一列的词块取得越多。"""
+    names = [html.escape(piece).replace("\n", "⏎") for piece in pieces]
+    rows = ["<th></th>" + "".join(f"<th>{name}</th>" for name in names)]
+    for position, name in enumerate(names):
+        cells = [f"<th>{name}</th>"]
+        for source, weight in zip(names, weights[position], strict=True):
+            hint = f"从「{name}」看「{source}」：{weight:.1%}"
+            cells.append(f'<td data-hint="{hint}" style="background: rgb(37 99 235 / {weight:.3f})"></td>')
+        rows.append("".join(cells))
+    return table(rows)
+
+
 # ==== 4. 标签页 ====
 
 
-def prompt_box(name):
-    return gr.Textbox(EXAMPLES[0], label="开头", lines=2, max_lines=6, elem_id=name)
+def text_box(label, text, name):
+    return gr.Textbox(text, label=label, lines=2, max_lines=6, elem_id=name)
 
 
 def sampling_controls(tokens):
@@ -319,7 +374,7 @@ def sampling_controls(tokens):
 
 
 def generate_tab(run):
-    prompt = prompt_box("prompt")
+    prompt = text_box("开头", EXAMPLES[0], "prompt")
     gr.Examples(EXAMPLES, prompt, label="例子")
     with gr.Row():
         start = gr.Button("续写", variant="primary", elem_id="start", min_width=80)
@@ -328,63 +383,42 @@ def generate_tab(run):
     note = gr.Markdown(elem_id="note")
     controls = sampling_controls(200)
     answer = partial(write, run, run.model())
-    event = start.click(answer, [prompt, *controls], [output, note], **SLOW)
+    event = start.click(answer, [prompt, *controls], [output, note], show_progress="minimal")
     stop.click(None, cancels=event, queue=False)
 
 
 def growth_tab(run):
     gr.Markdown("同一个开头、同一个种子，训练到不同的步数。拖动滑块，看乱码怎样变成句子。")
-    prompt = prompt_box("growth-prompt")
-    both = gr.Button("续写", variant="primary", elem_id="both")
+    prompt = text_box("开头", EXAMPLES[0], "growth-prompt")
+    both = gr.Button("两边都写", variant="primary", elem_id="both")
     controls = sampling_controls(60)
     last = len(run.snapshots) - 1
-    ends = sorted({0, last})  # 只有一份快照时，只有一栏
     sliders = []
 
     def write_one(index, prompt, *values):
-        model = run.model(index)
-        label = caption(run.snapshots[int(index)])
-        for text, _ in write(run, model, prompt, *values):
-            yield gr.Textbox(text, label=label)
+        for text, _ in write(run, run.model(index), prompt, *values):
+            yield gr.Textbox(text, label=run.captions[int(index)])
 
     def draw(*indexes):
         steps = [run.snapshots[int(index)]["step"] for index in indexes]
-        return curve(run.log(), run.config(), dict(zip("左右", steps, strict=False)))
+        return curve(run, dict(zip(SIDES, steps, strict=True)))
 
-    chart = gr.HTML(draw(*ends), elem_id="curve")
+    chart = gr.HTML(draw(0, last), elem_id="curve")
     with gr.Row():
-        for side, index in zip("左右", ends, strict=False):
+        for side, index in zip(SIDES, [0, last], strict=True):
             with gr.Column(min_width=280):
-                slider = gr.Slider(
-                    minimum=0,
-                    maximum=max(last, 1),  # Gradio 不许两头一样
-                    value=index,
-                    step=1,
-                    label=f"{side}：第几个快照",
-                    visible=last > 0,
-                    elem_id=f"slider-{side}",
-                )
-                label = caption(run.snapshots[index])
-                output = gr.Textbox(label=label, lines=5, elem_id=f"growth-{side}")
-            gr.on([slider.change, both.click], write_one, [slider, prompt, *controls], output, **LATEST)
+                label = f"{side}：第几个快照"
+                slider = gr.Slider(0, last, index, step=1, label=label, elem_id=f"slider-{side}")
+                output = gr.Textbox(label=run.captions[index], lines=5, elem_id=f"growth-{side}")
+            gr.on([slider.change, both.click], write_one, [slider, prompt, *controls], output, **QUIET)
             sliders.append(slider)
-    gr.on([slider.change for slider in sliders], draw, sliders, chart, **QUICK)
-
-
-def caption(note):
-    """快照的步数和当时的验证损失。"""
-    if not note["eval_loss"]:
-        return f"第 {note['step']:,} 步"
-    loss = f"验证损失 {note['eval_loss']:.2f}，每字比特 {note['eval_bits_per_char']:.2f}"
-    return f"第 {note['step']:,} 步，最近一次{loss}"
+    gr.on([slider.change for slider in sliders], draw, sliders, chart, **QUIET)
 
 
 def training_tab(run):
-    if not run.folders:
-        gr.Markdown("还没有模型。留下第一份快照以后，重新启动网页，就有另外几页。")
     timer = gr.Timer(REFRESH, active=os.path.isdir(run.name))  # 从 Hub 来的不会再变
     gr.Markdown(partial(progress, run), every=timer, elem_id="progress")
-    gr.HTML(lambda: curve(run.log(), run.config(), {}), every=timer, elem_id="training-curve")
+    gr.HTML(partial(curve, run, {}), every=timer, elem_id="training-curve")
     gr.HTML(partial(samples, run), every=timer, elem_id="samples")
 
 
@@ -395,34 +429,25 @@ def progress(run):
         return f"{run.home} 里还没有训练日志。在另一个终端里运行 a100_train.py，准备好数据以后就有。"
     last = rows[-1]
     step = last["step"]
-    seconds = last["elapsed_seconds"]
+    minutes = last["elapsed_seconds"] / 60
     total = run.config().get("total_steps", step)
-    if step >= total:
-        return f"训练完了：{step:,} 步，用了 {duration(seconds)}，最后的损失是 {last['loss']:.2f}。"
-    left = seconds / step * (total - step)
-    silent = time.time() - os.path.getmtime(run.home / "train_log.jsonl")
+    left = minutes / step * (total - step)
+    written = os.path.getmtime(run.home / "train_log.jsonl")
     return (
         f"第 **{step:,}** / {total:,} 步，损失 **{last['loss']:.2f}**，每秒 {last['tokens_per_second']:,.0f} 个词块，"
-        f"用了 {duration(seconds)}，约剩 **{duration(left)}**。最近一行日志是 {silent:.0f} 秒前写的。"
+        f"用了 {minutes:.1f} 分钟，约剩 **{left:.1f}** 分钟。日志最后写于 {time.ctime(written)[4:]}。"
     )
-
-
-def duration(seconds):
-    return f"{seconds / 60:.1f} 分钟"
 
 
 def samples(run):
     """每次验证时写的几段，新的在前。"""
     evaluations = {}
     for row in read_rows(run.home / "samples.jsonl"):
-        title = f"第 {row['step']:,} 步，验证损失 {row['eval_loss']:.2f}"
-        evaluations.setdefault(title, []).append(row["text"])
-    parts = []
-    for title, texts in reversed(evaluations.items()):
-        parts.append(f"<h4>{title}</h4>")
-        for text in texts:
-            parts.append(f"<p>{html.escape(text)}</p>")
-    return "".join(parts)
+        title = f"<h4>第 {row['step']:,} 步，验证损失 {row['eval_loss']:.2f}</h4>"
+        text = f"<p>{html.escape(row['text'])}</p>"
+        evaluations[title] = evaluations.get(title, "") + text
+    parts = [title + texts for title, texts in evaluations.items()]
+    return "".join(reversed(parts))
 
 
 def tokenizer_tab(run):
@@ -434,18 +459,16 @@ def tokenizer_tab(run):
     def split(text):
         ids = encode(run, text)
         pieces = [(run.tokenizer.convert_ids_to_tokens(token), str(token)) for token in ids]
-        characters = [(character, "字") for character in text]
         average = len(text) / max(len(ids), 1)
-        return f"{len(text)} 字，{len(ids)} 个词块，每块 **{average:.2f}** 字", pieces, characters
+        return f"{len(text)} 字，{len(ids)} 个词块，每块 **{average:.2f}** 字", pieces
 
-    summary, pieces, characters = split(example)
-    text = gr.Textbox(example, label="写点什么", lines=2, max_lines=6, elem_id="pieces-text")
+    summary, pieces = split(example)
+    text = text_box("写点什么", example, "pieces-text")
     outputs = [
         gr.Markdown(summary, elem_id="pieces-count"),
         gr.HighlightedText(pieces, label="分词器切的", elem_id="pieces"),
-        gr.HighlightedText(characters, label="逐字切", elem_id="characters", show_inline_category=False),
     ]
-    text.change(split, text, outputs, **QUICK)
+    text.change(split, text, outputs, **QUIET)
 
 
 def next_token_tab(run):
@@ -457,14 +480,13 @@ def next_token_tab(run):
     def distribution(text, temperature):
         model = run.model()
         ids = encode(run, text) or [run.tokenizer.eos_token_id]
-        scores = forward(model, ids[1 - model.config.n_positions :], transformers.DynamicCache())
+        scores = forward(model, ids[1 - model.config.n_positions :])
         return probabilities(scores, ids, temperature, len(scores), 1, 1)
 
     def show(text, temperature):
-        values, tokens = distribution(text, temperature).topk(10)
         chances = {}
-        for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
-            chances[f"{run.tokenizer.convert_ids_to_tokens(token)}  #{token}"] = value
+        for token, piece, chance in best(run, distribution(text, temperature), 10):
+            chances[f"{piece}  #{token}"] = chance
         return chances
 
     def append(text, token):
@@ -478,48 +500,83 @@ def next_token_tab(run):
         token = torch.multinomial(distribution(text, temperature), 1)
         return append(text, token.item())
 
-    text = prompt_box("next-text")
+    text = text_box("开头", EXAMPLES[0], "next-text")
     info = "低：集中在最可能的；高：接近平均"
     temperature = gr.Slider(0, 2, 1, step=0.05, label="温度", info=info, elem_id="heat")
-    best = show(EXAMPLES[0], 1)
-    bars = gr.Label(best, label="最可能的 10 个词块", show_heading=False, elem_id="bars")
-    gr.on([text.change, temperature.change], show, [text, temperature], bars, **LATEST)
-    bars.select(pick, text, text, **QUICK)
-    gr.Button("按概率抽一个", elem_id="draw").click(draw, [text, temperature], text, **SLOW)
+    bars = gr.Label(show(EXAMPLES[0], 1), label="最可能的 10 个词块", show_heading=False, elem_id="bars")
+    gr.on([text.change, temperature.change], show, [text, temperature], bars, **QUIET)
+    bars.select(pick, text, text, **QUIET)
+    gr.Button("按概率抽一个", elem_id="draw").click(draw, [text, temperature], text)
+
+
+def inside_tab(run):
+    gr.Markdown(INSIDE)
+    config = run.model().config
+    example = "今天天气很好，明天天气也很好，我们去图书馆看书。"
+    text = text_box("写点什么", example, "inside-text")
+    last = len(run.folders) - 1
+    stage = gr.Dropdown(run.captions, value=run.captions[-1], type="index", label="模型", elem_id="stage")
+    with gr.Row():
+        layer = number_choice("层", config.n_layer)
+        head = number_choice("头", config.n_head)
+
+    def show(text, stage, layer, head):
+        ids = encode(run, text) or [run.tokenizer.eos_token_id]
+        note = ""
+        if len(ids) > MAX_PIECES:
+            note = f"<p>有 {len(ids)} 个词块，太长了，只看前 {MAX_PIECES} 个</p>"
+        ids = ids[:MAX_PIECES]
+        attentions, guesses = look_inside(run.model(stage), ids)
+        picture = heat_map(run.tokenizer.convert_ids_to_tokens(ids), attentions[layer][0, head].tolist())
+        return f"{note}{picture}{guess_table(run, guesses)}"
+
+    output = gr.HTML(show(example, last, 0, 0), elem_id="inside")
+    inputs = [text, stage, layer, head]
+    gr.on([part.change for part in inputs], show, inputs, output, **QUIET)
+
+
+def number_choice(label, count):
+    return gr.Radio(list(range(1, count + 1)), value=1, type="index", label=label, elem_id=label)
+
+
+def guess_table(run, guesses):
+    """每一层之后最可能的三个词块。"""
+    rows = []
+    for layer, chances in enumerate(guesses):
+        row = f"<th>{layer} 层之后</th>"
+        for _, piece, chance in best(run, chances, 3):
+            row += f"<td>{html.escape(piece)} {chance:.1%}</td>"
+        rows.append(row)
+    return table(rows)
 
 
 # ==== 5. 主程序 ====
 
 
 def build(run):
-    tabs = {"训练中": training_tab}
+    tabs = {
+        "生成": generate_tab,
+        "成长": growth_tab,
+        "训练中": training_tab,
+        "分词": tokenizer_tab,
+        "下一个词": next_token_tab,
+        "里面": inside_tab,
+    }
+    if not run.folders:
+        tabs = {"训练中": training_tab}
+    elif len(run.snapshots) < 2:
+        del tabs["成长"]
+    introduction = "还没有模型。留下第一份快照以后，重新启动网页，就有另外几页。"
     if run.folders:
-        tabs = {
-            "生成": generate_tab,
-            "成长": growth_tab,
-            **tabs,
-            "分词": tokenizer_tab,
-            "下一个词": next_token_tab,
-        }
-    if not run.snapshots:
-        tabs.pop("成长", None)
+        size = f"{run.model().num_parameters():,} 个参数，从零训练"
+        introduction = f"{size}（{run.captions[-1]}）。它学的是怎样接着写，写的不一定是真的。"
     with gr.Blocks(title="中文 GPT-2", analytics_enabled=False) as page:
-        gr.Markdown(f"# 中文 GPT-2\n{introduction(run)}它学的是怎样接着写，写的不一定是真的。")
+        gr.Markdown(f"# 中文 GPT-2\n{introduction}")
         for name, tab in tabs.items():
             with gr.Tab(name):
                 tab(run)
-    return page.queue(max_size=60, api_open=False)  # 最多 60 人排队；只给网页用
-
-
-def introduction(run):
-    """模型多大；还没有训练完，就说用的是哪一步的快照。"""
-    if not run.folders:
-        return "从零训练。"
-    size = f"{run.model().num_parameters():,} 个参数，从零训练。"
-    newest = run.folders[-1].name
-    if newest.startswith("step-"):
-        size += f"还没有训练完，用的是第 {newest[5:]} 步的快照；要用更新的，重新启动网页。"
-    return size
+    # 每件事同时最多做两份，其余排队，最多 60 人：Space 免费的机器是 2 核
+    return page.queue(max_size=60, default_concurrency_limit=2, api_open=False)
 
 
 def main():
@@ -530,7 +587,8 @@ def main():
     try:
         page = build(Run(args.model))
     except (OSError, ValueError, KeyError, gr.Error) as error:
-        sys.exit(f"错误：读不出模型 {args.model}（{first_line(error)}）；先训练，或用 --model 指定")
+        reason = str(error).split("\n")[0]
+        sys.exit(f"错误：读不出模型 {args.model}（{reason}）；先训练，或用 --model 指定")
     fonts = ["system-ui", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]  # 不从网上取字体
     theme = gr.themes.Default(font=fonts)
     page.launch(share=False, ssr_mode=False, footer_links=[], theme=theme, css=STYLE)

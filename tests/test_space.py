@@ -23,6 +23,7 @@ import tiny_run
 import torch
 from conftest import ROOT, environment, error_of
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -88,7 +89,7 @@ def test_unfinished_run(app, folder, tmp_path, steps):
     assert run.folders[-1].name == f"step-{steps[-1]}" and run.model() is run.model(len(steps) - 1)
     last = run.log()[-1]
     assert last["step"] == 200 and "loss" in last  # 半行的那次验证不算
-    assert app.curve(run.log(), {}, {"左": 0}).startswith("<svg")
+    assert app.curve(run, {"左": 0}).startswith("<svg")
     assert app.build(run)  # 只有一份快照也打得开
 
 
@@ -114,9 +115,9 @@ def test_closed_files(app, folder, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "model.safetensors")
 
     monkeypatch.setattr(app, "load", refused)
-    with pytest.raises(app.gr.Error, match="读不出 step-10"):
+    with pytest.raises(app.gr.Error, match="读不出 .*step-10"):
         run.model()
-    assert "读不出 step-10" in error_of(app, "--model", tmp_path)
+    assert "step-10 里的权重" in error_of(app, "--model", tmp_path)
     monkeypatch.setattr(app.Path, "read_text", refused)
     monkeypatch.setattr(app.Path, "open", refused)
     assert app.read_json(tmp_path / "config.json") == {} and app.read_rows(tmp_path / "samples.jsonl") == []
@@ -192,7 +193,7 @@ def test_odd_prompts(app, run):
 
 
 def test_curve_holds_numbers_only(app, run):
-    svg = app.curve(run.log(), run.config(), {"左": 10, "右": 200})
+    svg = app.curve(run, {"左": 10, "右": 200})
     assert (
         svg.count("<polyline") == 1
         and "<circle" in svg
@@ -201,47 +202,101 @@ def test_curve_holds_numbers_only(app, run):
     )
 
 
+def only_logs(app, folder, log, config):
+    """只有日志和设置的工作目录。"""
+    tiny_run.write_json(folder / "config.json", config)
+    tiny_run.write_jsonl(folder / "train_log.jsonl", log)
+    run = app.Run(str(folder))
+    assert not run.folders
+    return run
+
+
 @pytest.mark.parametrize("log", [[], [{"step": 0, "eval_loss": 5.9}]])
-def test_curve_of_a_beginning(app, log):
+def test_curve_of_a_beginning(app, log, tmp_path):
     """还没有日志，或只有训练前的那次验证。"""
-    assert not re.search(r"nan|inf|None", app.curve(log, {}, {"左": 0, "右": 0}))
+    run = only_logs(app, tmp_path, log, {})
+    assert not re.search(r"nan|inf|None", app.curve(run, {"左": 0, "右": 0}))
+    assert app.build(run)
 
 
-def test_references(app, run):
+def test_references(app, run, tmp_path):
     """ln V 和词频的两条线：高度与损失用同一把尺子；没有记下来的不画。"""
     config = run.config()
     expected = {"瞎猜：ln V": math.log(config["vocab_size"]), "只看词频": 5.1}
     assert app.references(config) == expected and app.references({}) == {}
-    svg = app.curve([{"step": 0, "eval_loss": 5.1}], config, {})
+    svg = app.curve(only_logs(app, tmp_path, [{"step": 0, "eval_loss": 5.1}], config), {})
     height = re.search(r'<circle cx="40.0" cy="([\d.]+)"', svg)[1]
     assert f"M40 {height} H460" in svg and "只看词频 5.10" in svg
 
 
 def test_progress(app, tmp_path):
     """200 步用了 100 秒，还有 1,000 步：约剩 500 秒。"""
-    run = app.Run.__new__(app.Run)
-    run.home = tmp_path
+    run = app.Run(str(tmp_path))
     assert "还没有训练日志" in app.progress(run) and app.samples(run) == ""
     tiny_run.write_json(tmp_path / "config.json", {"total_steps": 1200})
     row = {"step": 200, "loss": 5.123, "tokens_per_second": 2900.4, "elapsed_seconds": 100.0}
     tiny_run.write_jsonl(tmp_path / "train_log.jsonl", [row])
     said = app.progress(run)
     assert "第 **200** / 1,200 步，损失 **5.12**，每秒 2,900 个词块" in said
-    assert "用了 1.7 分钟，约剩 **8.3 分钟**" in said
+    assert "用了 1.7 分钟，约剩 **8.3** 分钟" in said
     tiny_run.write_jsonl(tmp_path / "train_log.jsonl", [row, {**row, "step": 1200}])
-    assert "训练完了：1,200 步" in app.progress(run)
+    assert "第 **1,200** / 1,200 步" in app.progress(run) and "约剩 **0.0** 分钟" in app.progress(run)
 
 
-def test_samples(app, folder, tmp_path):
+def test_samples(app, run):
     """新的在前；尖括号是文本。"""
-    run = app.Run.__new__(app.Run)
-    run.home = folder
     shown = app.samples(run)
     assert shown.index("第 200 步") < shown.index("第 0 步") and "&lt;b&gt;一段&lt;/b&gt;" in shown
 
 
 def test_missing_model(app, tmp_path):
-    assert error_of(app, "--model", tmp_path).startswith("错误：读不出模型")
+    assert error_of(app, "--model", tmp_path / "nothing").startswith("错误：读不出模型")
+
+
+# ==== 里面 ====
+
+
+def test_attention_by_hand(app, run):
+    """第一层第一个头，照公式算一遍：LayerNorm、q 与 k 的内积除以 √d、只看前面、softmax。"""
+    model, ids = run.model(), run.tokenizer.encode("今天天气很好", add_special_tokens=False)
+    attentions, _ = app.look_inside(model, ids)
+    assert len(attentions) == 6 and attentions[0].shape == (1, 2, len(ids), len(ids))
+    for weights in attentions:
+        assert torch.allclose(weights.sum(-1), torch.ones(len(ids)), atol=1e-5)
+        assert weights.triu(1).abs().max() == 0  # 后面的一点也看不到
+    transformer = model.transformer
+    with torch.inference_mode():
+        x = transformer.wte(torch.tensor(ids)) + transformer.wpe(torch.arange(len(ids)))
+        q, k, _ = transformer.h[0].attn.c_attn(transformer.h[0].ln_1(x)).split(128, dim=-1)
+        scores = q[:, :64] @ k[:, :64].T / 64**0.5
+        mask = torch.ones(len(ids), len(ids)).triu(1).bool()
+        expected = scores.masked_fill(mask, -torch.inf).softmax(-1)
+    assert torch.allclose(attentions[0][0, 0], expected, atol=1e-5)
+
+
+def test_guesses_by_hand(app, run):
+    """最后一层之后的猜测就是模型自己的；第 0 层只有词向量和位置向量；中间的由模型截短来算。"""
+    model, ids = run.model(), run.tokenizer.encode("今天天气很好", add_special_tokens=False)
+    _, guesses = app.look_inside(model, ids)
+    assert guesses.shape == (7, len(run.tokenizer))
+    assert torch.allclose(guesses[-1], app.forward(model, ids).softmax(-1), atol=1e-5)
+    transformer = model.transformer
+    with torch.inference_mode():
+        x = transformer.wte(torch.tensor(ids[-1])) + transformer.wpe(torch.tensor(len(ids) - 1))
+        first = model.lm_head(transformer.ln_f(x)).softmax(-1)
+        layers, transformer.h = transformer.h, transformer.h[:3]  # 一个三层的模型
+        third = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        transformer.h = layers
+    assert torch.allclose(guesses[0], first, atol=1e-5) and torch.allclose(guesses[3], third, atol=1e-5)
+    table = app.guess_table(run, guesses)
+    best = run.tokenizer.convert_ids_to_tokens(guesses[-1].argmax().item())
+    assert table.count("<tr>") == 7 and app.html.escape(best) in table.split("<tr>")[-1]
+
+
+def test_heat_map(app):
+    picture = app.heat_map(["天", "<b>", "\n"], [[1, 0, 0], [0.25, 0.75, 0], [0.2, 0.3, 0.5]])
+    assert 'data-hint="从「&lt;b&gt;」看「天」：25.0%"' in picture and "<b>" not in picture
+    assert "从「⏎」看「⏎」：50.0%" in picture and picture.count("<td") == 9
 
 
 # ==== 代理 ====
@@ -507,6 +562,36 @@ def test_next_token(browser):
     wait(browser, lambda: len(value(browser, "next-text")) > len("教育" + piece))
 
 
+def test_inside(browser):
+    """换层、换头、换快照，图都变；指着一格，看得到从谁到谁；太长的切掉，说一声。"""
+    go_to(browser, "里面")
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#inside table"))
+
+    def page():
+        return browser.find_element(By.ID, "inside").get_attribute("innerHTML")
+
+    fill(browser, "inside-text", "中国的历史，今天天气")
+    wait(browser, lambda: "看「中国」" in page())
+    assert page().count("data-hint") == 25 and page().count("层之后") == 7
+    cell = browser.find_elements(By.CSS_SELECTOR, "#inside td[data-hint]")[5]
+    ActionChains(browser).move_to_element(cell).perform()
+    script = "return getComputedStyle(arguments[0], '::after').content"
+    assert re.fullmatch(r'"从「的历史」看「中国」：[\d.]+%"', browser.execute_script(script, cell))
+    for name, index in (("层", 5), ("头", 1)):
+        before = page()
+        browser.find_elements(By.CSS_SELECTOR, f"#{name} input")[index].click()
+        wait(browser, lambda before=before: page() != before)
+    before = page()
+    browser.find_element(By.CSS_SELECTOR, "#stage input").click()
+    options = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "[role=option]"))
+    assert options[-1].text.endswith("训练好的模型") and len(options) == 5
+    options[0].click()
+    wait(browser, lambda: page() != before)
+    fill(browser, "inside-text", "天" * 40)
+    wait(browser, lambda: "有 40 个词块，太长了，只看前 32 个" in text_of(browser, "inside"))
+    assert page().count("data-hint") == 32 * 32
+
+
 @pytest.mark.parametrize(
     "tab, name, button",
     [
@@ -514,6 +599,7 @@ def test_next_token(browser):
         ("成长", "growth-prompt", "both"),
         ("分词", "pieces-text", None),
         ("下一个词", "next-text", None),
+        ("里面", "inside-text", None),
     ],
 )
 def test_html_stays_text(browser, tab, name, button):
@@ -551,7 +637,14 @@ def test_nothing_from_the_network(browser, server):
     assert not errors, errors
 
 
-PHONE = {"生成": "start", "成长": "both", "训练中": "progress", "分词": "pieces", "下一个词": "draw"}
+PHONE = {
+    "生成": "start",
+    "成长": "both",
+    "训练中": "progress",
+    "分词": "pieces",
+    "下一个词": "draw",
+    "里面": "inside",
+}
 
 
 def test_phone(server, tmp_path):
