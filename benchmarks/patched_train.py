@@ -111,6 +111,28 @@ def layernorm_liger(_):
     after_build(change)
 
 
+def positions_off(_):
+    """没有位置向量：全是 0，也不训练。"""
+
+    def change(model):
+        model.transformer.wpe.weight.requires_grad_(False).zero_()
+
+    after_build(change)
+
+
+def blocks_tenth(_):
+    """只用前十分之一的块，读十遍，每遍重新打乱；步数不变。"""
+
+    class Tenth(a100_train.BlockStream):
+        def __getitem__(self, index):
+            size = max(1, len(self) // 10)
+            epoch, place = divmod(index, size)
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(epoch))
+            return super().__getitem__(int(order[place]))
+
+    a100_train.BlockStream = Tenth
+
+
 def extras_off(_):
     """不续写、不存盘、不画图：只要速度和损失。"""
     override("TrainingArguments", {"save_strategy": "no"})
@@ -124,6 +146,8 @@ PATCHES = {
     "attention=padding_mask": attention_padding_mask,
     "vocab_extra": vocab_extra,
     "layernorm=liger": layernorm_liger,
+    "positions=off": positions_off,
+    "blocks=tenth": blocks_tenth,
     "extras=off": extras_off,
 }
 
