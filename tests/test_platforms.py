@@ -3,6 +3,7 @@
 这里没有 Windows 和 Mac：试的是它们与 Linux 不同的几件事。真的系统由 .github/workflows/tests.yml 试（还没有跑过）。
 """
 
+import argparse
 import json
 import os
 import re
@@ -10,8 +11,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, environment, read_jsonl
 from packaging.requirements import Requirement
+
+import a100_train
 
 REQUIREMENTS = [*sorted(ROOT.glob("requirements*.txt")), ROOT / "space/requirements.txt"]
 NAMES = [str(path.relative_to(ROOT)) for path in REQUIREMENTS]
@@ -46,11 +50,31 @@ def test_every_requirement_line_is_understood(path):
 
 
 def test_the_demo_needs_no_gpu_packages():
-    """triton 一个就要多下载 286 MB：普通电脑上的演示不装它。"""
+    """普通电脑上的演示不装它们：triton 要多下载 286 MB，bitsandbytes 43 MB，gradio 31 MB。"""
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     names = {Requirement(line.partition("#")[0]).name for line in text.splitlines() if re.match(r"\w", line)}
     assert not names & {"bitsandbytes", "liger-kernel", "triton", "flash-attn", "gradio"}
     assert {"tqdm", "modelscope-hub"} <= names
+
+
+def test_the_optional_optimizer_runs():
+    """requirements-gpu.txt 里的 bitsandbytes 在 CPU 上也能跑：矩阵的历史是 8 位的，词向量的仍是 32 位的，损失下降。"""
+    pytest.importorskip("bitsandbytes")
+    shape = dict(vocab_size=500, n_layer=1, n_embd=128, n_head=2, block_size=16, attn="sdpa", seed=0)
+    s = argparse.Namespace(**shape, optim="adamw_bnb_8bit", learning_rate=1e-3, precision="fp32")
+    model = a100_train.build_model(s)
+    optimizer = a100_train.build_optimizer(model, s)
+    ids = torch.randint(4, 500, (4, 16), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        losses.append(model(input_ids=ids, labels=ids)["loss"])
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] > losses[1] > losses[2]
+    transformer = model.transformer
+    assert optimizer.state[transformer.h[0].mlp.c_fc.weight]["state1"].dtype == torch.uint8
+    assert optimizer.state[transformer.wte.weight]["state1"].dtype == torch.float32
 
 
 SPAWN = """
