@@ -168,9 +168,9 @@ plt.show()
 # 按合得来的程度，把前面各位置的 v 加权平均，就是这个头的输出。一共五行。
 
 # %%
-block = model.transformer.h[0]  # 第一层
-normal = block.ln_1(hidden[0])  # (句长, C)：先把每个向量缩放到差不多大
-qkv = normal @ block.attn.c_attn.weight + block.attn.c_attn.bias  # (句长, 3C)：q、k、v 并排
+layer = model.transformer.h[0]  # 第一层
+normal = layer.ln_1(hidden[0])  # (句长, C)：先把每个向量缩放到差不多大
+qkv = normal @ layer.attn.c_attn.weight + layer.attn.c_attn.bias  # (句长, 3C)：q、k、v 并排
 size = C // settings.n_head  # 每个头 32 维
 n = len(ids)
 future = torch.ones(n, n).triu(1).bool()  # 右上角是 True：第 i 行的位置 i+1 以后，是它的未来
@@ -183,7 +183,7 @@ weights = scores.softmax(dim=1)  # 每一行变成概率，合计是 1
 output = weights @ v  # (句长, 32)：按概率平均各位置的内容
 
 heads = []
-hook = block.attn.c_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+hook = layer.attn.c_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
 model(input_ids=x)  # 钩子（hook）记下库里各个头的输出：(1, 句长, C)，四个头并排
 hook.remove()
 library_weights = library.attentions[0][0, 0]
@@ -196,11 +196,11 @@ assert torch.allclose(output, library_output, atol=1e-5)
 # %%
 labels_of_axes = pieces if CHINESE else ids
 figure, axes = plt.subplots(1, 2, figsize=(9, 4))
-for axis, layer in zip(axes, (0, 1), strict=True):
-    axis.imshow(library.attentions[layer][0, 0].detach(), cmap="Blues", vmin=0, vmax=1)
+for number, axis in enumerate(axes):
+    axis.imshow(library.attentions[number][0, 0].detach(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(n), labels_of_axes, rotation=0 if CHINESE else 90)
     axis.set_yticks(range(n), labels_of_axes)
-    axis.set_title(words(f"第 {layer + 1} 层，第 1 个头", f"layer {layer + 1}, head 1"))
+    axis.set_title(words(f"第 {number + 1} 层，第 1 个头", f"layer {number + 1}, head 1"))
     axis.set_xlabel(words("看哪里", "looks at"))
 axes[0].set_ylabel(words("谁在看", "who looks"))
 plt.show()
@@ -244,7 +244,9 @@ plt.show()
 # 猜得有把握而且对，接近 0；把正确答案的概率说成百分之一，就是 ln 100 = 4.6。
 
 # %%
-guess = before[3]  # 看完前 4 个 token 后的分数，(V,)
+with torch.no_grad():
+    logits = model(input_ids=x).logits[0]  # (句长, V)
+guess = logits[3]  # 看完前 4 个 token 后的分数，(V,)
 probabilities = guess.exp() / guess.exp().sum()
 assert torch.allclose(probabilities, guess.softmax(dim=0))
 answer = ids[4]
@@ -321,9 +323,8 @@ for column in range(5):
 
 lengths = table.grad.norm(dim=1)
 never = np.bincount(everything, minlength=V) == 0
-print(
-    f"{(lengths < 1e-5).sum()} 行的梯度不到 1e-5，其中 {(lengths[never] < 1e-5).sum()} 行的 token 整个语料里没有"
-)
+tiny = lengths < 1e-5
+print(f"{tiny.sum()} 行的梯度不到 1e-5，其中 {tiny[never].sum()} 行的 token 整个语料里没有")
 seen = torch.zeros(V, dtype=torch.bool)
 seen[batch["input_ids"].flatten()] = True
 plt.figure(figsize=(6, 2.4))
@@ -346,7 +347,11 @@ plt.show()
 # 另外每步把参数缩小一点点（权重衰减，weight decay）。连做两步，与 torch 的 AdamW 比：
 
 # %%
-LEARNING_RATE, DECAY, BETA1, BETA2, EPSILON = 0.01, 0.1, 0.9, 0.95, 1e-8
+LEARNING_RATE = 0.01
+DECAY = 0.1
+BETA1 = 0.9
+BETA2 = 0.95
+EPSILON = 1e-8
 
 student = copy.deepcopy(model)
 parameter = student.transformer.wte.weight
@@ -417,9 +422,7 @@ scale = math.sqrt(4)  # (C, 4C) 的矩阵，步子放大 √4 倍
 by_hand = old * (1 - 0.02 * decay) - 0.02 * scale * z
 
 print(f"与 orthogonalize 最多相差 {(z - library_z).abs().max().item():.1e}")
-print(
-    f"与 Muon 最多相差 {(by_hand - matrix).abs().max().item():.1e}，参数最多动了 {(matrix - old).abs().max().item():.4f}"
-)
+print(f"与 Muon 最多相差 {(by_hand - matrix).abs().max().item():.1e}")
 assert torch.allclose(z, library_z, atol=1e-4)
 assert torch.allclose(by_hand, matrix, atol=1e-5)
 
@@ -544,11 +547,11 @@ for number in (0.1, 3.14159265, 1.0 + 0.003, 1000.0 + 3.0):
     assert round_to_bf16(number) == library_value
     print(f"{number:<12} → bf16 {library_value}")
 
+COLORS = ["tomato"] + ["gold"] * 8 + ["lightskyblue"] * 23  # 正负 1 位，指数 8 位，小数 23 位
 figure, axis = plt.subplots(figsize=(8, 1.6))
 for line, value in enumerate((3.14159265, round_to_bf16(3.14159265))):
     for place, bit in enumerate(f"{bits_of(value):032b}"[: 32 - 16 * line]):
-        color = "tomato" if place == 0 else "gold" if place < 9 else "lightskyblue"
-        axis.add_patch(plt.Rectangle((place, 1 - line), 0.9, 0.8, color=color))
+        axis.add_patch(plt.Rectangle((place, 1 - line), 0.9, 0.8, color=COLORS[place]))
         axis.text(place + 0.45, 1.4 - line, bit, ha="center", va="center")
 axis.set_xlim(0, 32)
 axis.set_ylim(0, 2)
