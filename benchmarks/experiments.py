@@ -43,6 +43,7 @@ TITLES = {
     "epochs": "十分之一的文字，读十遍",
     "batch": "批量 8、32、128，读同样多的 token",
     "positions": "不要位置向量",
+    "recipe": "更好的演示：用同样的时间",
 }
 # 实验 -> 变体 -> (中文名, 选项)。选项接在 BASE 后面；“补丁:”开头的交给 patched_train.py。演示本身叫 base，各实验共用。
 BASELINE = ("演示", "")
@@ -87,6 +88,16 @@ EXPERIMENTS = {
     "positions": {
         "base": ("有位置向量（演示）", ""),
         "none": ("没有位置向量", "补丁:positions=off"),
+    },
+    "recipe": {
+        "base": BASELINE,
+        "vectors": ("偏置和 LayerNorm 的学习率 ÷ 4", "补丁:vectors=0.25"),
+        "context-128": ("上下文 128", "--block_size 128 --batch_size 16 --effective_batch_size 16"),
+        "no-decay": ("没有权重衰减", "补丁:WEIGHT_DECAY=0"),
+        "heads-2": ("2 个头", "--n_head 2"),
+        "beta2": ("β2 = 0.99", "补丁:BETAS=[0.9,0.99]"),
+        "warmup": ("预热 1 %", "补丁:WARMUP=0.01"),
+        "wide": ("1 层，192 维", "--n_layer 1 --n_embd 192 --max_steps {steps}"),
     },
 }
 

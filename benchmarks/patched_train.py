@@ -120,6 +120,20 @@ def positions_off(_):
     after_build(change)
 
 
+def vectors_rate(value):
+    """偏置和 LayerNorm 的学习率是词向量的几倍。"""
+    original = a100_train.parameter_groups
+
+    def parameter_groups(*args):
+        groups = original(*args)
+        for group in groups:
+            if all(p.ndim < 2 for p in group["params"]):
+                group["lr"] *= float(value)
+        return groups
+
+    a100_train.parameter_groups = parameter_groups
+
+
 def blocks_tenth(_):
     """只用前十分之一的块，读十遍，每遍重新打乱；步数不变。"""
 
@@ -148,6 +162,7 @@ PATCHES = {
     "layernorm=liger": layernorm_liger,
     "positions=off": positions_off,
     "blocks=tenth": blocks_tenth,
+    "vectors": vectors_rate,
     "extras=off": extras_off,
 }
 

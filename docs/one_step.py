@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # 一步训练，拆开来看
 #
@@ -7,32 +15,36 @@
 # 每一节是一个问题、一小段代码、一张图、一句要带走的话。用的是演示的分词器，和一个只训练了 300 步的演示模型。
 #
 # 自己运行：装好 `requirements.txt` 和 Jupyter（`pip install jupyterlab`），在 `docs/` 里打开本文件，从上到下逐格运行；没有显卡也行，
-# 头一次要一两分钟。改一改数字再运行，是最好的学法。
+# 头一次要一两分钟。改一改数字再运行，是最好的学法。（改了 `one_step.py`，用 `jupytext --to ipynb --execute one_step.py` 重新生成。）
 
 # %%
+# ruff: noqa: E402
 import copy
 import json
 import math
 import struct
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+
+warnings.filterwarnings("ignore", message="IProgress")  # 没有装 ipywidgets 也行：不画进度条
 import transformers
 
 ROOT = Path.cwd().parent  # 本文件在 docs/ 里，脚本在上一层
 sys.path.insert(0, str(ROOT))
-import a100_train  # noqa: E402
-import plot_loss  # noqa: E402
+import a100_train
+import plot_loss
 
 STEPS = 300  # 训练几步；改成 1350 就是完整的演示
 RUN = ROOT / f"run-{STEPS}-steps"
 plt.rcParams["figure.dpi"] = 80
-torch.manual_seed(0)
+transformers.utils.logging.disable_progress_bar()
 
 CHINESE = plot_loss.use_chinese_font() == "zh"
 
@@ -108,12 +120,15 @@ print("输入：", [tokenizer.decode([i]) for i in inputs[:8]], "……")
 print("标签：", [tokenizer.decode([i]) for i in labels[:8]], "……")
 
 everything = np.fromfile(RUN / "packed" / "train.bin", np.uint16)
-print(f"整个语料 {len(everything):,} 个 token，切成 {len(everything) // T:,} 块")
-assert list(inputs[1:]) == list(labels[:-1])  # 标签就是输入错开一位
-candidates = [start for start in range(0, len(everything) - T, T) if everything[start] == inputs[0]]
-assert any((everything[start : start + T] == inputs).all() for start in candidates)  # 这一块就在那一串里
+n_blocks = len(everything) // T
+all_blocks = everything[: n_blocks * T].reshape(n_blocks, T)
+print(f"整个语料 {len(everything):,} 个 token，切成 {n_blocks:,} 块")
+assert (all_blocks == inputs).all(axis=1).any()  # 手切的块里，有一块就是它
+assert (inputs[1:] == labels[:-1]).all()  # 标签就是输入错开一位
 
 # %% [markdown]
+# `</s>` 是一篇的结束。`�` 是半个字：不常见的字在词表里没有自己的一行，拆成 UTF-8 的三个字节，一个字节一个 token，单独一个显示不出来。
+#
 # **带走一句**：模型的世界里没有字，只有 0 到 V−1 的编号；训练就是不停地猜下一个编号。
 
 # %% [markdown]
@@ -153,14 +168,14 @@ plt.show()
 # 按合得来的程度，把前面各位置的 v 加权平均，就是这个头的输出。一共五行。
 
 # %%
-block = model.transformer.h[0]  # 第一层
-normal = block.ln_1(hidden[0])  # (句长, C)：先把每个向量缩放到差不多大
-qkv = normal @ block.attn.c_attn.weight + block.attn.c_attn.bias  # (句长, 3C)：q、k、v 并排
+layer = model.transformer.h[0]  # 第一层
+normal = layer.ln_1(hidden[0])  # (句长, C)：先把每个向量缩放到差不多大
+qkv = normal @ layer.attn.c_attn.weight + layer.attn.c_attn.bias  # (句长, 3C)：q、k、v 并排
 size = C // settings.n_head  # 每个头 32 维
 n = len(ids)
 future = torch.ones(n, n).triu(1).bool()  # 右上角是 True：第 i 行的位置 i+1 以后，是它的未来
 
-# 第 0 个头，五行：
+# 第 1 个头，五行：
 q, k, v = [part[:, :size] for part in qkv.split(C, dim=1)]  # 各 (句长, 32)
 scores = q @ k.T / math.sqrt(size)  # (句长, 句长)：合不合得来；除以 √32，数才不会太大
 scores = scores.masked_fill(future, -math.inf)  # 未来不许看
@@ -168,22 +183,24 @@ weights = scores.softmax(dim=1)  # 每一行变成概率，合计是 1
 output = weights @ v  # (句长, 32)：按概率平均各位置的内容
 
 heads = []
-hook = block.attn.c_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+hook = layer.attn.c_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
 model(input_ids=x)  # 钩子（hook）记下库里各个头的输出：(1, 句长, C)，四个头并排
 hook.remove()
-print("权重与库相差", float((weights - library.attentions[0][0, 0]).abs().max().detach()))
-print("输出与库相差", float((output - heads[0][0, :, :size]).abs().max().detach()))
-assert torch.allclose(weights, library.attentions[0][0, 0], atol=1e-5)
-assert torch.allclose(output, heads[0][0, :, :size], atol=1e-5)
+library_weights = library.attentions[0][0, 0]
+library_output = heads[0][0, :, :size]
+print(f"权重与库最多相差 {(weights - library_weights).abs().max().item():.1e}")
+print(f"输出与库最多相差 {(output - library_output).abs().max().item():.1e}")
+assert torch.allclose(weights, library_weights, atol=1e-5)
+assert torch.allclose(output, library_output, atol=1e-5)
 
 # %%
 labels_of_axes = pieces if CHINESE else ids
 figure, axes = plt.subplots(1, 2, figsize=(9, 4))
-for axis, layer in zip(axes, (0, 1), strict=True):
-    axis.imshow(library.attentions[layer][0, 0].detach(), cmap="Blues", vmin=0, vmax=1)
+for number, axis in enumerate(axes):
+    axis.imshow(library.attentions[number][0, 0].detach(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(n), labels_of_axes, rotation=0 if CHINESE else 90)
     axis.set_yticks(range(n), labels_of_axes)
-    axis.set_title(words(f"第 {layer + 1} 层，第 1 个头", f"layer {layer + 1}, head 1"))
+    axis.set_title(words(f"第 {number + 1} 层，第 1 个头", f"layer {number + 1}, head 1"))
     axis.set_xlabel(words("看哪里", "looks at"))
 axes[0].set_ylabel(words("谁在看", "who looks"))
 plt.show()
@@ -227,7 +244,9 @@ plt.show()
 # 猜得有把握而且对，接近 0；把正确答案的概率说成百分之一，就是 ln 100 = 4.6。
 
 # %%
-guess = before[3]  # 看完前 4 个 token 后的分数，(V,)
+with torch.no_grad():
+    logits = model(input_ids=x).logits[0]  # (句长, V)
+guess = logits[3]  # 看完前 4 个 token 后的分数，(V,)
 probabilities = guess.exp() / guess.exp().sum()
 assert torch.allclose(probabilities, guess.softmax(dim=0))
 answer = ids[4]
@@ -303,6 +322,9 @@ for column in range(5):
     assert abs(slope - gradient) < 1e-8
 
 lengths = table.grad.norm(dim=1)
+never = np.bincount(everything, minlength=V) == 0
+tiny = lengths < 1e-5
+print(f"{tiny.sum()} 行的梯度不到 1e-5，其中 {tiny[never].sum()} 行的 token 整个语料里没有")
 seen = torch.zeros(V, dtype=torch.bool)
 seen[batch["input_ids"].flatten()] = True
 plt.figure(figsize=(6, 2.4))
@@ -314,6 +336,7 @@ plt.show()
 
 # %% [markdown]
 # 这一批里没有的 token 也有梯度：输出层与词向量表共用（tied），每道题都要把全部 V 个 token 的分数推高或压低一点。
+# 最左边的一小堆几乎从不出现（多数是用不到的字节）：概率已经压到差不多是 0，没有什么可改了。
 #
 # **带走一句**：梯度就是“推一下这个数，损失怎么动”；反向传播只是一次把它们全算出来的快办法。
 
@@ -324,7 +347,11 @@ plt.show()
 # 另外每步把参数缩小一点点（权重衰减，weight decay）。连做两步，与 torch 的 AdamW 比：
 
 # %%
-LEARNING_RATE, DECAY, BETA1, BETA2, EPSILON = 0.01, 0.1, 0.9, 0.95, 1e-8
+LEARNING_RATE = 0.01
+DECAY = 0.1
+BETA1 = 0.9
+BETA2 = 0.95
+EPSILON = 1e-8
 
 student = copy.deepcopy(model)
 parameter = student.transformer.wte.weight
@@ -348,7 +375,7 @@ for step, data in enumerate((batch, another), start=1):
     by_hand = by_hand * (1 - LEARNING_RATE * DECAY) - LEARNING_RATE * move
     assert torch.allclose(by_hand, parameter, atol=1e-6)
     moves.append(move.flatten())
-    print(f"第 {step} 步与库最多相差 {float((by_hand - parameter).abs().max()):.1e}")
+    print(f"第 {step} 步与库最多相差 {(by_hand - parameter).abs().max().item():.1e}")
 
 plt.figure(figsize=(6, 2.4))
 plt.hist(
@@ -362,7 +389,8 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# 第 1 步 m ÷ √v 就是梯度 ÷ |梯度|，不是 +1 就是 −1：不管梯度多大，都走一个学习率。第 2 步才有了大小之分。
+# 第 1 步 m ÷ √v 就是梯度 ÷ |梯度|，差不多不是 +1 就是 −1：不管梯度多大，都走一个学习率（中间的少数，是梯度小到与防止除以 0 的
+# ε = 1e-8 相当的）。第 2 步才有了大小之分。
 #
 # **带走一句**：AdamW 看的主要是梯度的方向和稳不稳定，不是大小；学习率就是一个数一步最多大约走多远。
 
@@ -389,21 +417,21 @@ z = update / update.norm()  # 奇异值都不超过 1
 for _ in range(5):  # Newton–Schulz 迭代：只用矩阵乘法，把每个奇异值 s 变成 3.4445 s − 4.7750 s³ + 2.0315 s⁵
     gram = z @ z.T
     z = 3.4445 * z - 4.7750 * gram @ z + 2.0315 * gram @ gram @ z
+library_z = a100_train.orthogonalize(update[None])[0]  # 它一次可以算几个矩阵，所以前后多一维
 scale = math.sqrt(4)  # (C, 4C) 的矩阵，步子放大 √4 倍
 by_hand = old * (1 - 0.02 * decay) - 0.02 * scale * z
 
-print(f"与 orthogonalize 最多相差 {float((z - a100_train.orthogonalize(update)).abs().max()):.1e}")
-print(
-    f"与 Muon 最多相差 {float((by_hand - matrix).abs().max()):.1e}，参数最多动了 {float((matrix - old).abs().max()):.4f}"
-)
-assert torch.allclose(z, a100_train.orthogonalize(update), atol=1e-4)
+print(f"与 orthogonalize 最多相差 {(z - library_z).abs().max().item():.1e}")
+print(f"与 Muon 最多相差 {(by_hand - matrix).abs().max().item():.1e}")
+assert torch.allclose(z, library_z, atol=1e-4)
 assert torch.allclose(by_hand, matrix, atol=1e-5)
 
 # %%
 singular_before = torch.linalg.svdvals(update)
 singular_after = torch.linalg.svdvals(z)
-print(f"之前：最大的是中间的 {float(singular_before[0] / singular_before[C // 2]):.0f} 倍")
-print(f"之后：都在 {float(singular_after.min()):.2f} 与 {float(singular_after.max()):.2f} 之间")
+print(f"之前：最大的是中间的 {singular_before[0] / singular_before[C // 2]:.0f} 倍")
+near_one = (singular_after > 0.6) & (singular_after < 1.2)
+print(f"之后：{near_one.sum()} 个在 0.6 与 1.2 之间，最小的是 {singular_after.min():.2f}")
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.6))
 axes[0].bar(range(C), singular_before)
@@ -413,50 +441,62 @@ axes[1].set_title(words("之后", "after"))
 plt.show()
 
 # %% [markdown]
-# 之前，更新集中在几个方向上，别的方向几乎不动；之后，各个方向走得差不多远。五次迭代不求精确的 1，落在 1 附近就够用，这样快。
+# 之前，更新集中在几个方向上，别的方向几乎不动；之后，各个方向走得差不多远。五次迭代不求精确的 1，落在 1 附近就够用，这样快；
+# 原来就小得几乎是 0 的，五次还拉不上来。
 #
 # **带走一句**：Muon 让矩阵在每个方向上都学，而不只是在最响的几个方向上。
 
 # %% [markdown]
 # ## 9. 走一步，损失真的降了吗？
 #
-# 用上面的优化器在 `batch` 上走一步，步子从很小到很大，看同一批和另一批（没有用来算梯度的）的损失各变成多少。
+# 用上面的优化器在 `batch` 上走一步，步子从很小到很大，看同一批和另一批（没有用来算梯度的）的损失各变成多少。训练前的模型和训练了
+# 300 步的模型，各走一次。
 
 # %%
-multiples = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]  # 演示的最高学习率（0.016 和 0.02）的几倍
-same = []
-other = []
-for multiple in multiples:
-    student = copy.deepcopy(model)
+multiples = [0.01, 0.03, 0.1, 0.3, 1, 3]  # 演示的最高学习率（0.016 和 0.02）的几倍
+
+
+def losses_after_one_step(start, multiple):
+    """从模型 start 出发走一步，返回同一批和另一批的损失。"""
+    student = copy.deepcopy(start)
     optimizer = a100_train.Muon(a100_train.parameter_groups(student, 0.016 * multiple, 0.02 * multiple))
     student(**batch)["loss"].backward()
     optimizer.step()
     with torch.no_grad():
-        same.append(float(student(**batch)["loss"]))
-        other.append(float(student(**another)["loss"]))
+        return [student(**data)["loss"].item() for data in (batch, another)]
 
-with torch.no_grad():
-    same_start = float(model(**batch)["loss"])
-    other_start = float(model(**another)["loss"])
-print(f"同一批 {same_start:.3f} → 最低 {min(same):.3f}；另一批 {other_start:.3f} → 最低 {min(other):.3f}")
-assert min(same) < same_start
 
-plt.figure(figsize=(6, 2.8))
-plt.plot(multiples, same, "o-", color="tab:blue", label=words("同一批", "same batch"))
-plt.plot(multiples, other, "o-", color="tab:orange", label=words("另一批", "another batch"))
-plt.axhline(same_start, color="tab:blue", linestyle=":")
-plt.axhline(other_start, color="tab:orange", linestyle=":")
-plt.xscale("log")
-plt.ylim(min(same) - 0.2, max(same_start, other_start) + 1)
-plt.xlabel(
-    words("学习率是最高值的几倍（虚线：走之前）", "multiple of the peak learning rate (dotted: before)")
-)
-plt.ylabel(words("损失", "loss"))
-plt.legend()
+names = [words("训练前", "untrained"), words(f"{STEPS} 步以后", f"after {STEPS} steps")]
+figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+for name, start, axis in zip(names, (untrained, model), axes, strict=True):
+    with torch.no_grad():
+        same_before = start(**batch)["loss"].item()
+        other_before = start(**another)["loss"].item()
+    after = [losses_after_one_step(start, multiple) for multiple in multiples]
+    same = [losses[0] for losses in after]
+    other = [losses[1] for losses in after]
+    assert min(same) < same_before
+    print(f"{name}：同一批 {same_before:.3f}，走一步最低 {min(same):.3f}；", end="")
+    print(f"另一批 {other_before:.3f}，最低 {min(other):.3f}")
+    axis.plot(multiples, same, "o-", color="tab:blue", label=words("同一批", "same batch"))
+    axis.plot(multiples, other, "o-", color="tab:orange", label=words("另一批", "another batch"))
+    axis.axhline(same_before, color="tab:blue", linestyle=":")
+    axis.axhline(other_before, color="tab:orange", linestyle=":")
+    axis.set_xscale("log")
+    axis.set_xlabel(
+        words("学习率是最高值的几倍（虚线：走之前）", "multiple of the peak rate (dotted: before)")
+    )
+    axis.set_title(name)
+axes[0].set_ylabel(words("损失", "loss"))
+axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# **带走一句**：步子太小，几乎没动；太大，越过了谷底，反而更糟。在没见过的数据上降多少，才是真的学到多少。
+# 训练前，一批教的东西（哪些 token 常见）到处用得上，另一批也跟着降。300 步以后，容易学的都学过了，这 512 道题只能教会模型背自己，
+# 另一批一点也不降，步子大了还变差。所以真正的训练靠的不是哪一步：优化器把许多批的梯度平均起来，学习率越走越小，背下来的互相抵消，
+# 共同的才留下。
+#
+# **带走一句**：同一批的损失降了，不等于学到了；没见过的数据上降多少，才算数。
 
 # %% [markdown]
 # ## 10. 显存放不下大批量怎么办？
@@ -474,7 +514,7 @@ for micro_batch in (make_batch(0, 4), make_batch(4, 4)):
     loss.backward()  # 不清零，梯度就加在原来的上面
 accumulated = [p.grad for p in student.parameters()]
 
-largest = max(float((a - b).abs().max()) for a, b in zip(at_once, accumulated, strict=True))
+largest = max((a - b).abs().max().item() for a, b in zip(at_once, accumulated, strict=True))
 print(f"{len(at_once)} 个参数，梯度最多相差 {largest:.1e}")
 assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(at_once, accumulated, strict=True))
 
@@ -507,11 +547,11 @@ for number in (0.1, 3.14159265, 1.0 + 0.003, 1000.0 + 3.0):
     assert round_to_bf16(number) == library_value
     print(f"{number:<12} → bf16 {library_value}")
 
+COLORS = ["tomato"] + ["gold"] * 8 + ["lightskyblue"] * 23  # 正负 1 位，指数 8 位，小数 23 位
 figure, axis = plt.subplots(figsize=(8, 1.6))
 for line, value in enumerate((3.14159265, round_to_bf16(3.14159265))):
     for place, bit in enumerate(f"{bits_of(value):032b}"[: 32 - 16 * line]):
-        color = "tomato" if place == 0 else "gold" if place < 9 else "lightskyblue"
-        axis.add_patch(plt.Rectangle((place, 1 - line), 0.9, 0.8, color=color))
+        axis.add_patch(plt.Rectangle((place, 1 - line), 0.9, 0.8, color=COLORS[place]))
         axis.text(place + 0.45, 1.4 - line, bit, ha="center", va="center")
 axis.set_xlim(0, 32)
 axis.set_ylim(0, 2)
