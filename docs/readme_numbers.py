@@ -144,7 +144,7 @@ def log_line(step):
     seconds = (total - int(step)) * config["effective_batch_size"] * config["block_size"] / speed
     return (
         f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
-        f"MFU {speed * config['flops_per_token'] / 312e12:.0%} | 剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
+        f"剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
     )
 
 
