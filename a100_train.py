@@ -538,7 +538,7 @@ def parameter_groups(model, adamw_lr, muon_lr):
 
 
 def build_optimizer(model, s):
-    """想试别的优化器：在这里加一个分支，名字加进 check_packages，再换一个 --work_dir。"""
+    """想试别的优化器：在这里加一个分支，名字加进 choose_packages，再换一个 --work_dir。"""
     if s.optim == "muon":
         # fused：整个更新在一个核里。fp16 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半却不会；None 让 torch 选别的
         fused = None if s.precision == "fp16" else True
@@ -652,14 +652,14 @@ class Observer(transformers.TrainerCallback):
         self.bar.update(state.global_step)
         if state.global_step == 0:
             self.evaluate(state, model)
+            save_snapshot(model, self.settings, state)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         step = state.global_step
         self.bar.update()
         if step % self.settings.eval_steps == 0 or step == state.max_steps:
             self.evaluate(state, model)
-        elif re.fullmatch("[125]00+", str(step)):  # 100、200、500、1000……
-            save_snapshot(model, self.settings, state)
+        save_snapshot(model, self.settings, state)
 
     def evaluate(self, state, model):
         start = time.perf_counter()
@@ -675,7 +675,6 @@ class Observer(transformers.TrainerCallback):
             state.log_history.append(row)
             tqdm.write(f"    {' '.join(text.split())}")
         self.trainer.log(metrics)
-        save_snapshot(model, s, state)
         self.clock += time.perf_counter() - start  # 验证的时间不算在训练里
 
     def on_log(self, args, state, control, logs, **kwargs):
@@ -974,9 +973,10 @@ def write_history(folder, history):
 
 def save_snapshot(model, s, state):
     """第 0、100、200、500、1,000、2,000……步和最后一步，留一份半精度的权重，和最近的验证结果。"""
-    if RANK or not s.snapshots:
-        return
     step = state.global_step
+    wanted = step in (0, s.total_steps) or re.fullmatch("[125]00+", str(step))
+    if RANK or not s.snapshots or not wanted:
+        return
     folder = s.work_dir / "snapshots" / f"step-{step}"
     weights = {name: p.bfloat16() for name, p in model.named_parameters()}
     model.save_pretrained(folder, state_dict=weights)
@@ -1016,8 +1016,9 @@ class StopRequest(transformers.TrainerCallback):
         stop = self.exit_code > 0 or time.time() > self.deadline
         if WORLD_SIZE > 1:  # 几个进程要停在同一步，所以每一步都商量
             stop = any(accelerate.utils.gather_object([stop]))
-        control.should_training_stop |= stop
-        control.should_save |= stop
+        if stop:
+            control.should_training_stop = True
+            control.should_save = True
         if control.should_save:
             check_disk(self.settings, 16)
 
