@@ -33,7 +33,6 @@ from pathlib import Path
 # torchrun 启动几个进程，每个进程从这两个环境变量知道自己是几号、一共几个；单独运行就是 0 号，一共 1 个
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-VISIBLE_CARDS = os.environ.get("CUDA_VISIBLE_DEVICES")
 if WORLD_SIZE == 1:
     # 一个进程只用一张卡：看见几张，Trainer 会改用很慢的 DataParallel。这几个变量要在导入 torch 之前设好
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -558,7 +557,8 @@ def build_optimizer(model, s):
             # 少见的词，一行里的梯度时有时无，8 位的历史记不准
             manager.register_module_override(module, "weight", {"optim_bits": 32})
         return bnb.optim.AdamW8bit(groups, s.learning_rate, BETAS)
-    return torch.optim.AdamW(groups, s.learning_rate, BETAS, fused=s.optim == "adamw_torch_fused")
+    fused = True if s.optim == "adamw_torch_fused" else None
+    return torch.optim.AdamW(groups, s.learning_rate, BETAS, fused=fused)
 
 
 def learning_rate_scale(step, total_steps):
@@ -594,7 +594,7 @@ def held_out_loss(model, s):
         rows = slice(start, start + 16)
         logits = model(inputs[rows]).logits.float()  # (16, T, V)
         nats[rows] = F.cross_entropy(logits.mT, labels[rows], reduction="none")
-    nats = accelerate.utils.reduce(nats).double().flatten()
+    nats = accelerate.utils.reduce(nats, reduction="sum").cpu().double().flatten()
     metrics = {}
     for name, source in s.eval_sources.items():
         losses = nats[source["start"] : source["end"]]
