@@ -815,8 +815,9 @@ def train(s, checkpoint):
         save_final_model(s, trainer.model)
         return
     print(f"停在第 {step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
-    leave = os._exit if WORLD_SIZE > 1 else sys.exit
-    leave(stop.exit_code)
+    if WORLD_SIZE > 1:
+        os._exit(stop.exit_code)
+    sys.exit(stop.exit_code)
 
 
 def save_final_model(s, model):
