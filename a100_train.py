@@ -6,13 +6,14 @@
     python a100_train.py --preset demo           # 演示：没有显卡也行，几分钟
     python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
     torchrun --nproc_per_node=2 a100_train.py    # 两张卡
+
 演示在 2 核 Intel Xeon 上 110 秒，每字比特 5.72（2026-11-24）；显卡上未测。
-中断了，同一条命令再跑，从最近的检查点（每 500 步）接着，结果不变。第 8 节初学可以不看。
+中断了，同一条命令再跑，就从最近的检查点（完整训练每 500 步一个）接着，结果与没有中断的相同。
+从上往下读：设置、数据、模型、优化器、评估、训练。第 8 节是防错和存盘，初学可以不看。
 """
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import math
 import os
@@ -21,11 +22,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
-from contextlib import suppress
 from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+
+# torchrun 启动几个进程，每个进程从这两个环境变量知道自己是几号、一共几个；单独运行就是 0 号，一共 1 个
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+if WORLD_SIZE == 1:
+    # 一个进程只用一张卡：看见几张，Trainer 会改用很慢的 DataParallel。这几个变量要在导入 torch 之前设好
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    # 显卡之间的通信一个进程用不着。不关掉的话，几张 RTX 40 加旧驱动的机器上，accelerate 会拒绝启动
+    os.environ["NCCL_P2P_DISABLE"] = "1"
+    os.environ["NCCL_IB_DISABLE"] = "1"
 
 import accelerate
 import filelock
@@ -36,114 +49,205 @@ import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 import transformers
+from tqdm import tqdm
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 START = time.time()
-PAD, BOS, EOS = 0, 2, 3
+AUTODL = "/root/autodl-tmp"  # AutoDL 的数据盘，关机也留着
+HOME = Path(AUTODL if os.path.isdir(AUTODL) else ".") / "gpt2-chinese"
+PAD, BOS, EOS = 0, 2, 3  # 三个特殊 token 的编号：补齐、开头、一篇的结束（</s>）
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
+# 续写时怎样抽下一个 token：温度 0.8 让分数高的更占优；top-p 只在概率最大、合计 95 % 的 token 里抽
 SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, pad_token_id=PAD)
 
 # ==== 1. 设置 ====
+# 每个设置一个 add_argument，默认值是完整训练的；PRESETS 是别的预设，盖在默认值上面。以 asked_ 开头的，是命令行上要的；
+# 实际用的由 choose_machine、choose_packages 定，名字去掉 asked_。
 
-def int_or_auto(text):
-    return text if text == "auto" else int(text)
+PRESETS = {
+    "full": {},
+    "demo": {
+        "n_layer": 2,
+        "n_embd": 128,
+        "n_head": 4,
+        "block_size": 64,
+        "effective_batch_size": 32,
+        "epochs": 1.0,
+        "max_steps": 1350,
+        "muon_learning_rate": 0.02,
+        "eval_steps": 225,
+    },
+}
+# 工作目录里没有语料、分词器时用的；有就用现成的
+CORPUS = {"full": ["wiki", "zhihu"], "demo": ["demo"]}
+VOCAB_SIZE = {"full": 32_000, "demo": 4_500}
+# 最高学习率（用 Muon 时，是矩阵以外的）；由来见 results/recipe/README.md
+LEARNING_RATE = {
+    "muon": {"full": 3e-3, "demo": 1.6e-2},
+    "adamw": {"full": 3e-4, "demo": 3e-3},
+}
+WARMUP = 0.05  # 预热占全程的几分之几
+WEIGHT_DECAY = 0.1  # 每步把矩阵缩小 学习率 × 0.1，免得权重越长越大
+BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
+# 改了其中一样，就是另一次训练，不能接着旧的检查点
+RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
+RECIPE += ["max_steps", "optim", "learning_rate", "muon_learning_rate", "seed"]
 
-HOME = Path("/root/autodl-tmp" if os.path.isdir("/root/autodl-tmp") else "") / "gpt2-chinese"
-SWITCH = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上，不写是自动
-# 名字、类型、说明、完整训练的默认值、演示的默认值（不写就相同）
-SETTINGS = [
-    ("work_dir", Path, "输出到哪里", HOME),
-    ("corpus", list, "wiki zhihu demo 或 [名字=]路径", ["wiki", "zhihu"], ["demo"]),
-    ("vocab_size", int, "词表 V：几种 token", 32_000, 4_500),
-    ("n_layer", int, "层数 L", 8, 2),
-    ("n_embd", int, "向量的维数 C", 768, 128),
-    ("n_head", int, "注意力的头数", 12, 4),
-    ("block_size", int, "上下文 T：一块几个 token", 1024, 64),
-    ("batch_size", int_or_auto, "微批量：一次算几块，或 auto", 48, 32),
-    ("effective_batch_size", int, "有效批量：更新一次看几块", 96, 32),
-    ("epochs", float, "把语料读几遍", 2.0, 1.0),
-    ("max_steps", int, "更新几次（0：看 epochs）", 0, 1350),
-    ("max_hours", float, "这么久就存好停下，下次接着来", None),
-    ("learning_rate", float, "最高学习率（Muon 时，矩阵以外的）", None),
-    ("muon_learning_rate", float, "矩阵的最高学习率（Muon）", 0.025, 0.02),
-    ("seed", int, "随机种子", 42),
-    ("device", str, "cuda、cpu、mps（未测）", "auto"),
-    ("precision", str, "矩阵乘用 bf16、fp16、fp32", "auto"),
-    ("attn", str, "flash_attention_2、sdpa、eager", "auto"),
-    ("optim", str, "muon、adamw_torch_fused、adamw_torch、adamw_bnb_8bit", "auto"),
-    ("compile", SWITCH, "torch.compile：融合小运算", None),
-    ("tf32", SWITCH, "fp32 的矩阵乘只算 19 位；bf16 时用不上", None),
-    ("liger", SWITCH, "融合的交叉熵：省显存", False),
-    ("gradient_checkpointing", SWITCH, "反向时重算激活：省显存，多算三分之一", False),
-    ("logging_steps", int, "几步一行日志", 10),
-    ("eval_steps", int, "几步验证、存检查点一次", 500, 225),
-    ("snapshots", SWITCH, "途中留几份模型", True),
-    ("report_to", str, "tensorboard、swanlab、trackio、wandb", "none"),
-    ("prepare_only", SWITCH, "只准备数据", False),
-    ("fresh", SWITCH, "从头训练", False),
-]
-# learning_rate 的默认值：(Muon, 只用 AdamW)；由来见 results/recipe/README.md
-LEARNING_RATES = {"full": (3e-3, 3e-4), "demo": (1.6e-2, 3e-3)}
-WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)
-# 改了就不能接着旧的检查点训练
-RECIPE = ["key", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs", "max_steps",
-          "optim", "learning_rate", "muon_learning_rate", "seed"]
+
+def add_settings(parser):
+    """命令行的全部设置，分成几组；括号里是完整训练的默认值。"""
+    switch = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上
+
+    add = parser.add_argument_group("数据").add_argument
+    add("--preset", choices=list(PRESETS), default="full", help="预设：full 完整训练（默认），demo 演示")
+    add("--work_dir", type=Path, default=HOME, help="输出到哪里（%(default)s）")
+    add(
+        "--corpus",
+        nargs="+",
+        action="extend",
+        help="wiki zhihu demo 或 [名字=]路径（用已有的，没有就用预设的）",
+    )
+    add("--text_column", nargs="+", help="自己的语料里，文本所在的列")
+    add("--simplify", action=switch, help="繁体先转成简体（要 opencc 包）")
+    add(
+        "--vocab_size",
+        dest="asked_vocab_size",
+        type=int,
+        help="词表 V：几种 token（用已有的，没有就用预设的）",
+    )
+    add("--prepare_only", action=switch, help="只准备数据，不训练")
+    add("--fresh", action=switch, help="删掉检查点，从头训练")
+
+    add = parser.add_argument_group("模型").add_argument
+    add("--n_layer", type=int, default=8, help="层数 L（%(default)s）")
+    add("--n_embd", type=int, default=768, help="每个 token 的向量有多少维，C（%(default)s）")
+    add("--n_head", type=int, default=12, help="注意力的头数（%(default)s）")
+    add("--block_size", type=int, default=1024, help="上下文 T：一块几个 token（%(default)s）")
+
+    add = parser.add_argument_group("训练").add_argument
+    add("--effective_batch_size", type=int, default=96, help="有效批量：更新一次看几块（%(default)s）")
+    add("--batch_size", dest="asked_batch_size", type=int, help="微批量：一次算几块（看显存，至多 48）")
+    add("--epochs", type=float, default=2.0, help="把语料读几遍（%(default)s）")
+    add("--max_steps", type=int, default=0, help="更新几次；0 是由 epochs 算（%(default)s）")
+    add("--max_hours", type=float, help="到这么多小时就存好停下，下次接着来（不限）")
+    add(
+        "--learning_rate",
+        dest="asked_learning_rate",
+        type=float,
+        help="最高学习率；用 Muon 时不管矩阵（看预设）",
+    )
+    add("--muon_learning_rate", type=float, default=0.025, help="Muon 管的矩阵的最高学习率（%(default)s）")
+    add("--seed", type=int, default=42, help="随机种子（%(default)s）")
+
+    add = parser.add_argument_group("速度；不写，就看这台机器").add_argument
+    add("--device", dest="asked_device", help="cuda、cpu、mps（未测）")
+    add("--precision", dest="asked_precision", help="矩阵乘用的数：bf16、fp16、fp32")
+    add("--attn", dest="asked_attn", help="注意力的算法：flash_attention_2、sdpa、eager")
+    add(
+        "--optim",
+        dest="asked_optim",
+        help="优化器：muon（默认）、adamw_torch_fused、adamw_torch、adamw_bnb_8bit",
+    )
+    add("--compile", dest="asked_compile", action=switch, help="torch.compile：把相邻的小运算融合成一个")
+    add("--tf32", dest="asked_tf32", action=switch, help="fp32 的矩阵乘只取 19 位")
+    add("--gradient_checkpointing", action=switch, help="反向时重算激活：省显存，多算三分之一")
+
+    add = parser.add_argument_group("记录").add_argument
+    add("--logging_steps", type=int, default=10, help="几步记一行日志（%(default)s）")
+    add("--eval_steps", type=int, default=500, help="几步验证、存检查点一次（%(default)s）")
+    add("--snapshots", action=switch, default=True, help="途中留几份模型（默认留）")
+    add("--report_to", dest="asked_report_to", help="另外记到 tensorboard、swanlab、trackio 或 wandb")
+
 
 def read_settings():
-    """命令行和 SETTINGS -> 一个对象 s：s.n_layer 是层数，等等；s.given 是写明了的。"""
+    """命令行 -> s：s.n_layer 是层数，等等。"""
     parser = argparse.ArgumentParser(allow_abbrev=False, usage="python a100_train.py [--设置 值 ……]")
-    parser.add_argument("--preset", choices=["full", "demo"], default="full", help="完整训练（默认）或演示")
-    kinds = {SWITCH: {"action": SWITCH}, list: {"action": "extend", "nargs": "+"}}
-    for name, kind, text, *defaults in SETTINGS:
-        parser.add_argument(f"--{name}", help=f"{text}（默认 {'，演示 '.join(map(str, defaults))}）",
-                            default=argparse.SUPPRESS, **kinds.get(kind, {"type": kind}))
-    given = vars(parser.parse_args())
-    column = 3 if given["preset"] == "full" else -1
-    s = argparse.Namespace(**{row[0]: row[column] for row in SETTINGS} | given, given=sorted(given))
-    if s.batch_size == "auto":
-        s.batch_size = s.effective_batch_size // WORLD_SIZE
-    for name, value in vars(s).items():
-        low = 0 if name in ("max_steps", "seed") else 1e-9
-        if type(value) in (int, float) and not low <= value < 2**32:
-            fail(f"--{name} 是 {value}；要大于 0 的数")
+    add_settings(parser)
+    parser.epilog = f"--preset demo 时的默认值：{PRESETS['demo']}"
+    preset = parser.parse_known_args()[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    s = parser.parse_args()
+    for name in vars(s):
+        value = getattr(s, name)
+        smallest = 0 if name in ("max_steps", "seed") else 1e-9
+        if type(value) in (int, float) and not smallest <= value < 2**32:
+            fail(f"--{name.removeprefix('asked_')} 是 {value}；要 {smallest:g} 或更大的数")
     if s.n_embd % s.n_head:
         fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍")
-    if s.effective_batch_size % (s.batch_size * WORLD_SIZE):
-        fail(f"--effective_batch_size {s.effective_batch_size} 不是 --batch_size {s.batch_size} × "
-             f"{WORLD_SIZE} 个进程的整数倍")
+    if s.effective_batch_size % ((s.asked_batch_size or 1) * WORLD_SIZE):
+        size = f"--batch_size {s.asked_batch_size} × {WORLD_SIZE} 个进程"
+        fail(f"--effective_batch_size {s.effective_batch_size} 不是 {size}的整数倍")
     return s
 
-def choose_speed(s):
-    """把 auto 换成这台机器上最快而可靠的；写明了却办不到的，报错。"""
-    # A100（计算能力 8.0）有 bf16、TF32、FlashAttention；T4（7.5）用 fp16。bf16 的范围同 fp32，位数少；fp16 超过
-    # 65,504 就溢出，要 GradScaler 跳过那一步。FlashAttention 分块算注意力，不存 T × T 的矩阵；SDPA 里也有它
-    find = importlib.util.find_spec
-    cuda, flash = torch.cuda.is_available() and s.device in ("auto", "cuda"), bool(find("flash_attn"))
-    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-    ampere, compiler = capability >= (8, 0), bool(shutil.which("g++") and (find("triton") or not cuda))
-    trusted = not torch.__version__.startswith("2.10.")  # 它的 compile 在 A100 上出过 NaN
-    possible = {  # 办得到的值，最好的在前
-        "device": ["cuda"] * cuda + ["cpu"] + ["mps"] * torch.backends.mps.is_available(),
-        "precision": ["bf16"] * ampere + ["fp16"] * cuda + ["fp32"],
-        "attn": ["flash_attention_2"] * (ampere and flash and s.precision != "fp32") + ["sdpa", "eager"],
-        "optim": ["muon", "adamw_torch_fused", "adamw_torch",
-                  *["adamw_bnb_8bit"] * bool(find("bitsandbytes"))],
-        "compile": [True] * (ampere and compiler and trusted) + [False] + [True] * compiler,
-        "tf32": [True] * ampere + [False], "liger": [False] + [True] * bool(cuda and find("liger_kernel")),
-        "report_to": ["none", *filter(find, ("tensorboard", "swanlab", "trackio", "wandb"))]}
-    for name, values in possible.items():
-        wanted = vars(s)[name]
-        vars(s)[name] = values[0] if wanted in ("auto", None) else wanted
-        if vars(s)[name] not in values:
-            fail(f"--{name} {wanted} 在这里办不到，缺显卡、软件包或编译器；可以是 {values}")
-    s.learning_rate = s.learning_rate or LEARNING_RATES[s.preset][s.optim != "muon"]
-    if cuda:
-        print(f"计算能力 {capability}，torch {torch.__version__}，{'有' if flash else '没有'} flash-attn 包")
-    elif s.preset == "full" and not {"max_steps", "device", "prepare_only"} & set(s.given):
-        fail("没有 CUDA 显卡，CPU 要几个月。演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu")
+
+def choose(option, asked, possible):
+    """possible 是这里办得到的，最好的在前。没有指明就取第一个；指明的办不到就报错，不悄悄换成别的。"""
+    if asked in (None, "auto"):
+        return possible[0]
+    if asked not in possible:
+        fail(f"--{option} {asked} 在这里办不到，缺显卡、软件包或编译器；可以是 {possible}")
+    return asked
+
+
+def choose_machine(s):
+    """设备、精度、注意力……实际用什么。"""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    s.device = choose("device", s.asked_device, devices)
+    s.device_name = s.device
+    capability = (0, 0)  # 计算能力，NVIDIA 给每代显卡的编号：T4 是 (7, 5)，A100 是 (8, 0)
+    if s.device == "cuda":
+        s.device_name = torch.cuda.get_device_name()
+        capability = torch.cuda.get_device_capability()
+
+    # 一个数占几位。fp32 是 4 字节。bf16 是 2 字节：位数少，范围与 fp32 一样，矩阵乘快得多。
+    # fp16 也是 2 字节，但超过 65,504 就溢出，要 GradScaler 把那一步跳过；T4、V100 用它
+    precisions = ["fp32"]
+    if s.device == "cuda":
+        precisions.insert(0, "fp16")
+    if capability >= (8, 0):  # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
+        precisions.insert(0, "bf16")
+    s.precision = choose("precision", s.asked_precision, precisions)
+
+    # TF32：fp32 的矩阵乘只取 19 位来算，快，舍入大一点。bf16、fp16 时矩阵乘已经是 2 字节的，用不上它
+    tf32 = capability >= (8, 0) and s.precision == "fp32"
+    s.tf32 = choose("tf32", s.asked_tf32, [tf32, False])
+
+    # FlashAttention 分块算注意力，不存 T × T 的矩阵。torch 的 SDPA 里也有它的核，所以没有 flash-attn 包也行
+    attentions = ["sdpa", "eager"]
+    if capability >= (8, 0) and s.precision != "fp32" and flash_attn_imports():
+        attentions.insert(0, "flash_attention_2")
+    s.attn = choose("attn", s.asked_attn, attentions)
+
+    # torch.compile 先花一两分钟，把模型编译成融合的核（在显卡上运行的小程序）；以后每步少读写几遍显存
+    possible = compiler_is_complete(s.device)
+    trusted = capability >= (8, 0) and not torch.__version__.startswith(
+        "2.10."
+    )  # 2.10 在别人的 A100 上出过 NaN
+    s.compile = choose("compile", s.asked_compile, [possible and trusted, False, possible])
+
+
+def choose_packages(s):
+    """优化器和记录器：装了的才能用。"""
+    optimizers = ["muon", "adamw_torch_fused", "adamw_torch"]
+    if find_spec("bitsandbytes"):
+        optimizers.append("adamw_bnb_8bit")
+    s.optim = choose("optim", s.asked_optim, optimizers)
+    family = s.optim.split("_")[0]  # muon 或 adamw
+    s.learning_rate = s.asked_learning_rate or LEARNING_RATE[family][s.preset]
+    trackers = filter(find_spec, ("tensorboard", "swanlab", "trackio", "wandb"))
+    s.report_to = choose("report_to", s.asked_report_to, ["none", *trackers])
+
 
 def derive(s):
-    vars(s).update(read_report(s.work_dir / "packed", "meta.json"))
+    """由数据和设置算出来的数，一行一个；印出来，可以照着算一遍。"""
+    meta = read_report(s.work_dir / "packed", "meta.json")
+    s.vocab_size = meta["vocab_size"]
+    s.train_tokens = meta["train_tokens"]
+    s.eval_sources = meta["eval_sources"]
+    s.unigram_entropy = meta["unigram_entropy"]  # 只知道每种 token 多常见时的损失
     s.n_blocks = s.train_tokens // s.block_size
     if s.n_blocks < 1:
         fail(f"--block_size {s.block_size} 比整个语料（{s.train_tokens} token）还大；改小它，或多加语料")
@@ -151,464 +255,799 @@ def derive(s):
     s.steps_per_epoch = s.n_blocks / s.effective_batch_size
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
     per_layer = 12 * s.n_embd**2 + 13 * s.n_embd
-    s.parameters = (s.vocab_size + s.block_size) * s.n_embd + s.n_layer * per_layer + 2 * s.n_embd
-    # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4；位置向量不算），另加注意力
-    s.flops_per_token = 6 * s.parameters + (12 * s.n_layer - 6) * s.block_size * s.n_embd
-    s.device_name = torch.cuda.get_device_name() if s.device == "cuda" else s.device
-    print(f"{s.device_name}，{s.precision}，{s.attn}，{s.optim}，compile {s.compile}，{s.parameters:,} 参数，"
-          f"{s.train_tokens:,} token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步")
+    embeddings = (s.vocab_size + s.block_size) * s.n_embd
+    s.parameters = embeddings + s.n_layer * per_layer + 2 * s.n_embd
+    # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4；位置向量不做乘法，不算），另加注意力
+    positions = s.block_size * s.n_embd
+    s.flops_per_token = 6 * (s.parameters - positions) + 12 * s.n_layer * positions
+    s.batch_size = s.asked_batch_size or choose_batch_size(s)
+    print(
+        f"{s.device_name}，{s.precision}，注意力 {s.attn}，{s.optim}，compile {s.compile}，微批量 {s.batch_size} 块"
+    )
+    print(
+        f"{s.parameters:,} 参数，{s.train_tokens:,} token，每步 {s.tokens_per_step:,}，共 {s.total_steps:,} 步"
+    )
+
+
+def choose_batch_size(s):
+    """微批量：一次前向算几块。只影响显存和速度，不影响结果（只差浮点舍入）：少了就多累积几次，有效批量不变。"""
+    # 每个参数约 18 字节（权重 4、半精度副本 2、梯度 4、优化器至多 8），另留 1.5 GB；每个 token 在每层留下 36 C 字节的
+    # 激活给反向用，输出层还有 V 个分数的三份 fp32。T4（15.8 GB）上得 16 块，A100（42 GB）上得 48 块
+    memory = 2e9
+    if s.device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory - 18 * s.parameters - 1.5e9
+    bytes_per_block = s.block_size * (36 * s.n_layer * s.n_embd + 12 * s.vocab_size)
+    size = 48
+    while size > 1 and (size * bytes_per_block > memory or s.effective_batch_size % (size * WORLD_SIZE)):
+        size -= 1
+    return size
+
 
 # ==== 2. 数据：文字 → token → 块 ====
 
-# token 是模型读写的单位：分词器（第 2 步）把文字切成词块，每块一个编号。全部文档的 token 首尾相接，切成每
-# block_size 个一块，一块是一个样本：没有填充，不浪费。
+# token 是模型读写的单位：分词器（第 2 步）把文字切成词块，每种词块一个编号。
+# 打包（packing）：全部文档的 token 首尾相接，切成每 block_size 个一块，一块是一个样本。文档有长有短，若一篇一个样本，短的
+# 要补齐到一样长，补的都是白算；打包一个也不浪费。每篇后面有一个 </s>，模型由它知道前后不是同一篇。
+
 
 def prepare(s, checkpoint):
-    """缺语料或分词器，就运行前两步。有 checkpoint 而数据或设置变了，就报错，什么也不动。"""
-    corpus, tokenizer, config = (s.work_dir / name for name in ("corpus", "tokenizer", "config.json"))
-    flag = "--no-rebuild" if checkpoint else "--rebuild"
-    made = read_report(corpus).get("corpus")
-    if "corpus" in s.given or made in (None, ["demo"]) and made != s.corpus:  # 演示的不能用于完整训练
-        run_script("prepare_corpus.py", corpus, flag, "--corpus", *s.corpus)
-    corpus_hash, old = read_report(corpus)["corpus_hash"], read_report(tokenizer)
-    if old.get("corpus_hash") != corpus_hash or "vocab_size" in s.given and old["vocab_size"] != s.vocab_size:
-        run_script("train_tokenizer.py", tokenizer, flag,
-                   "--corpus_dir", corpus, "--vocab_size", s.vocab_size)
-    s.key = [corpus_hash, read_report(tokenizer)["key"]]
-    old = json.loads(config.read_text(encoding="utf-8")) if checkpoint else vars(s)
-    for name in RECIPE:
-        if old.get(name) != vars(s)[name]:
-            fail(f"{name} 原来是 {old.get(name)}，现在是 {vars(s)[name]}：改回去，或换 --work_dir，或加 --fresh")
+    """缺语料或分词器，就运行前两步；打包。有 checkpoint 而数据或设置变了，就报错，什么也不动。"""
+    corpus = s.work_dir / "corpus"
+    tokenizer = s.work_dir / "tokenizer"
+    rebuild = "--no-rebuild" if checkpoint else "--rebuild"
+    made_from = read_report(corpus).get("corpus")
+    demo_only = made_from == ["demo"] and s.preset != "demo"  # 演示的语料不用于完整训练
+    if not made_from or demo_only or s.corpus or s.text_column or s.simplify:
+        options = ["--corpus", *(s.corpus or CORPUS[s.preset])]
+        if s.text_column:
+            options += ["--text_column", *s.text_column]
+        if s.simplify:
+            options.append("--simplify")
+        run_script("prepare_corpus.py", corpus, rebuild, *options)
+    corpus_hash = read_report(corpus)["corpus_hash"]
+    made = read_report(tokenizer)
+    if made.get("corpus_hash") != corpus_hash or s.asked_vocab_size not in (None, made["vocab_size"]):
+        vocab_size = s.asked_vocab_size or VOCAB_SIZE[s.preset]
+        run_script(
+            "train_tokenizer.py", tokenizer, rebuild, "--corpus_dir", corpus, "--vocab_size", vocab_size
+        )
+    s.data_fingerprint = [corpus_hash, read_report(tokenizer)["key"]]
+    if checkpoint:
+        check_recipe(s)
+    pack(s)
+
 
 def encode(sp, texts):
-    """一批文档 -> 一维 uint16 数组。每篇后面跟一个 </s>：模型由它学会一篇在哪里结束。"""
+    """一批文档 -> 一维 uint16 数组（编号小于 65,536，2 字节装得下）。每篇后面跟一个 </s>。"""
     ids = sp.encode(texts, add_eos=True, num_threads=os.cpu_count(), return_type="numpy")
     return np.concatenate(ids).astype(np.uint16)
 
+
 def pack(s):
-    """语料编码成 packed/train.bin 和 eval.bin（按来源排）。6 亿 token，各 2 字节，是 1.2 GB。"""
-    corpus, packed, counts, sources = s.work_dir / "corpus", s.work_dir / "packed", 0, {}
-    if read_report(packed, "meta.json").get("key") == s.key:
-        return print(f"数据没有变，沿用 {packed}")
+    """语料编码成 packed/train.bin 和 eval.bin（验证集，按来源排）。6 亿 token，各 2 字节，是 1.2 GB。"""
+    packed = s.work_dir / "packed"
+    if read_report(packed, "meta.json").get("key") == s.data_fingerprint:
+        print(f"打包好的数据没有变，沿用 {packed}")
+        return
     packed.mkdir(exist_ok=True)
-    (packed / "meta.json").unlink(missing_ok=True)  # 最后才写：没有它不算数
-    sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer" / "sentencepiece.model"))
+    (packed / "meta.json").unlink(missing_ok=True)  # 最后才写：没有它，就是没有做完
+    sp = spm.SentencePieceProcessor(model_file=str(s.work_dir / "tokenizer/sentencepiece.model"))
+    counts = np.zeros(len(sp), np.int64)
     with open(packed / "train.bin", "wb") as file:
-        for path in sorted(corpus.glob("train-*.parquet")):
-            for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(2000):
-                file.write(tokens := encode(sp, batch["text"].to_pylist()))
-                counts += np.bincount(tokens, minlength=sp.get_piece_size())
-    held_out = pq.read_table(sorted(corpus.glob("eval-*.parquet")), partitioning=None).to_pandas()
+        for texts in read_texts(s.work_dir / "corpus"):
+            tokens = encode(sp, texts)
+            file.write(tokens)
+            counts += np.bincount(tokens, minlength=len(sp))
+    sources = {}
+    files = sorted(s.work_dir.glob("corpus/eval-*.parquet"))
+    held_out = pq.read_table(files, partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
             start = file.tell() // 2
-            file.write(encode(sp, texts.tolist()))
-            sources[name] = {"start": start, "end": file.tell() // 2, "characters": sum(map(len, texts))}
+            file.write(encode(sp, list(texts)))
+            end = file.tell() // 2
+            sources[name] = {"start": start, "end": end, "characters": len("".join(texts))}
     share = counts[counts > 0] / counts.sum()
-    write_json(packed / "meta.json", {
-        "key": s.key, "vocab_size": len(counts), "train_tokens": int(counts.sum()), "eval_sources": sources,
-        "unigram_entropy": float(-(share * np.log(share)).sum()),
-        "files": {name: (packed / name).stat().st_size for name in ("train.bin", "eval.bin")}})
+    meta = {
+        "key": s.data_fingerprint,
+        "vocab_size": len(sp),
+        "train_tokens": int(counts.sum()),
+        "eval_sources": sources,
+        "unigram_entropy": float(-share @ np.log(share)),
+        "files": {path.name: path.stat().st_size for path in packed.glob("*.bin")},
+    }
+    write_json(packed / "meta.json", meta)
+
+
+def read_texts(corpus):
+    """逐批给出训练的文档，一批两千篇；在终端里显示进度。"""
+    for path in sorted(corpus.glob("train-*.parquet")):
+        file = pq.ParquetFile(path, pre_buffer=False)
+        batches = math.ceil(file.metadata.num_rows / 2000)
+        for batch in tqdm(file.iter_batches(2000), "打包", batches, file=sys.stdout, disable=None):
+            yield batch["text"].to_pylist()
+
 
 class BlockStream(torch.utils.data.Dataset):
     """整个训练要用的块，每一遍重新打乱；次序与微批量、进程数无关，换一张小卡续训也不变。"""
 
     def __init__(self, path, block_size, length, seed):
-        self.data, self.size = np.memmap(path, np.uint16, "r"), block_size
+        self.data = np.memmap(path, np.uint16, "r")  # 用到哪里读哪里，不占内存
+        self.block_size = block_size
         n_blocks = len(self.data) // block_size  # 只丢掉末尾不满一块的
-        self.order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n_blocks)
-                                     for epoch in range(math.ceil(length / n_blocks))])[:length]
+        orders = []
+        for epoch in range(math.ceil(length / n_blocks)):
+            random = np.random.default_rng([seed, epoch])
+            orders.append(random.permutation(n_blocks))
+        self.order = np.concatenate(orders)[:length]
 
     def __len__(self):
         return len(self.order)
 
     def __getitem__(self, index):
-        """{"input_ids", "labels"}，形状都是 (T,)；labels 是每个位置的下一个 token。"""
-        start = self.order[index] * self.size
-        tokens = np.append(self.data[start:start + self.size + 1].astype(np.int64), -100)  # -100 不计损失
-        return {"input_ids": tokens[:self.size], "labels": tokens[1:self.size + 1]}
+        """{"input_ids", "labels"}，形状都是 (T,)；labels 是每个位置的下一个 token，也就是答案。"""
+        start = self.order[index] * self.block_size
+        end = start + self.block_size
+        tokens = self.data[start : end + 1].astype(np.int64)
+        # 整个语料的最后一个 token 没有下一个：补一个 -100，cross_entropy 见了它就不计损失
+        tokens = np.append(tokens, -100)
+        size = self.block_size
+        return {"input_ids": tokens[:size], "labels": tokens[1 : size + 1]}
+
 
 # ==== 3. 模型：GPT-2 ====
 
-# token → 词向量 + 位置向量 (B, T, C) → L 层 → LayerNorm → 与每个词向量比对，得到每种 token 的分数 (B, T, V)。
-# 每层两步，结果都加回去（残差）：注意力从前面的位置取信息，MLP 在各个位置上加工。参数：
-#   词向量 V·C = 24,576,000（输出层与它共用），位置向量 T·C = 786,432，最后的 LayerNorm 2·C = 1,536
+# 输入 (B, T)：B 块，每块 T 个 token 的编号。每个编号查表得到一个 C 维的词向量，加上它所在位置的位置向量，成为 (B, T, C)。
+# 然后是 L 层，每层两步：
+#   注意力（attention）：每个位置从它前面的各个位置取信息。向量乘三个矩阵得到 q（要找什么）、k（我是什么）、v（我有什么）；
+#     q 与前面每个 k 的内积，经 softmax 变成加起来是 1 的权重，按权重把那些 v 平均。分 12 个头，各找各的。不许看后面：后面
+#     的就是答案（因果掩码）。
+#   MLP：每个位置自己加工：C 维变成 4C 维，过一个弯曲的函数（GELU），再变回 C 维。
+# 每步的结果都加回原来的向量（残差连接）：向量像一条主干道，每层只改一点；梯度也沿着它直达最底层，所以层数多也训练得动。
+# 每步之前先 LayerNorm：把向量缩放到差不多大，训练才稳。最后再 LayerNorm 一次，与 V 个词向量各做内积，得到每种 token 的
+# 分数（logits）(B, T, V)，softmax 变成概率。
+#
+# 参数：词向量 V·C = 24,576,000（输出层与它共用），位置向量 T·C = 786,432，最后的 LayerNorm 2·C = 1,536
 #   每层 12·C² + 13·C = 7,087,872：q、k、v 3C²，注意力的输出 C²，MLP 的 C → 4C → C 8C²，其余是偏置和 LayerNorm
 #   24,576,000 + 786,432 + 8 × 7,087,872 + 1,536 = 82,066,944
-# 每个位置都预测下一个 token，损失是 -ln(正确答案的概率) 的平均，单位 nat。什么都没学时概率都是 1/V，损失是
-# ln 32,000 = 10.37（演示 ln 4,500 = 8.41）：第一行日志应当接近它。
+#
+# 损失（loss）：每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均，单位叫 nat。什么都没学时，每种 token 的概率
+# 都是 1/V，损失就是 ln V：ln 32,000 = 10.37，演示 ln 4,500 = 8.41。第一次验证应当接近它，差得多就是程序有错。
 
-class GPT2(transformers.GPT2LMHeadModel):
-    """transformers 的 GPT-2，只是给了 labels（错开一位的 input_ids，(B, T)）就只返回损失。"""
 
-    _keys_to_ignore_on_save = ["lm_head.weight"]  # 与词向量共用
-    # 原版还返回 logits，fp32 的一份就是 48 × 1,024 × 32,000 × 4 字节 = 6.3 GB
+class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
+    """transformers 的 GPT-2，只有一处不同：给了 labels，就只返回损失。
+
+    原版同时返回 logits，fp32 的一份就是 48 × 1,024 × 32,000 × 4 字节 = 6.3 GB 显存。
+    """
+
+    accepts_loss_kwargs = False  # 告诉 Trainer：损失已经是平均值。每块一样长，几个微批量再平均就是总的平均
+
     def forward(self, input_ids=None, labels=None, **kwargs):
+        """input_ids、labels：(B, T)，labels 已经错开一位，-100 的不算。返回 {"loss": 标量}；没有 labels 就同原版。"""
         if labels is None:
             return super().forward(input_ids=input_ids, **kwargs)
-        hidden = self.transformer(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)  # (B·T, C)
-        if self.liger:  # 不产生 (B·T, V) 的 logits
-            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
-            return {"loss": fused(hidden, self.lm_head.weight.to(hidden.dtype), labels.flatten())}
-        return {"loss": F.cross_entropy(self.lm_head(hidden).float(), labels.flatten())}
+        hidden = self.transformer(input_ids, use_cache=False).last_hidden_state
+        logits = self.lm_head(hidden).flatten(0, 1)  # (B·T, V)
+        return {"loss": F.cross_entropy(logits.float(), labels.flatten())}
+
 
 def build_model(s):
-    # compile 时 "sdpa" 会造 T × T 的掩码，用不上 FlashAttention；换个名字，就只传 is_causal（只看前面）
-    attention = transformers.AttentionInterface()
-    attention.register("sdpa_causal", attention["sdpa"])
+    """按 s 的形状随机初始化一个模型。"""
+    attention = s.attn
+    if attention == "sdpa":
+        # transformers 名叫 sdpa 的注意力，编译时会造一张 T × T 的掩码，就用不上 FlashAttention 核；
+        # 同一个函数换个名字登记，它就不造掩码，只传 is_causal=True（只看前面）
+        attention = "sdpa_causal"
+        functions = transformers.AttentionInterface()
+        functions.register(attention, functions["sdpa"])
+    config = transformers.GPT2Config(
+        n_layer=s.n_layer,
+        n_embd=s.n_embd,
+        n_head=s.n_head,
+        vocab_size=s.vocab_size,
+        n_positions=s.block_size,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=None,  # 有的话，每次前向 GPU 都要停下来查一遍
+        activation_function="gelu_pytorch_tanh",  # 与 GPT-2 的 gelu_new 只差浮点舍入，快得多
+        resid_pdrop=0.0,  # dropout（随机关掉一些数）防背书；文字只读一两遍，用不着
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation=attention,
+    )
     torch.manual_seed(s.seed)
-    model = GPT2(transformers.GPT2Config(
-        n_layer=s.n_layer, n_embd=s.n_embd, n_head=s.n_head, vocab_size=s.vocab_size,
-        n_positions=s.block_size, bos_token_id=BOS, eos_token_id=EOS,
-        pad_token_id=None,  # 有的话，每次前向 GPU 都要停下来查
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,  # 文字只读一两遍，不用 dropout
-        attn_implementation="sdpa_causal" if s.attn == "sdpa" else s.attn))
-    model.liger = s.liger
-    return model
+    return GPT2LMHeadModel(config)
+
 
 # ==== 4. 优化器与学习率 ====
 
-# 一步：参数 -= 学习率 × 方向。AdamW 给每个数各定步长，记两份历史（梯度和梯度平方的平均）。
-# Muon（Keller Jordan 等，2024）看整个矩阵：梯度往往集中在几个方向上，把它正交化（奇异值都变成 1），各方向就走得一样
-# 远；只记一份动量。词向量每行各管一个 token，偏置和 LayerNorm 是向量，没有这样的方向，仍用 AdamW。
-# 8 位 AdamW（adamw_bnb_8bit）的历史每个数 1 字节：0.66 GB 减到 0.32 GB（词向量仍是 4 字节）。
+# 一步：参数 -= 学习率 × 方向。方向由优化器从梯度（损失对每个参数的导数）算出。
+# AdamW 给每个数各定步长，记两份历史：梯度的平均，和梯度平方的平均；方向约是前者 ÷ 后者的平方根，所以每个数走得差不多快。
+# Muon（Keller Jordan 等，2024）把矩阵当整体看：梯度往往集中在少数几个方向上，别的方向几乎学不到。它把更新正交化（奇异值都
+#   变成约 1），各个方向就走得一样远；只记一份历史（动量）。只有矩阵才有奇异值，所以偏置、LayerNorm 仍用 AdamW；词向量
+#   虽是表格，每行各管一个 token，不是把向量变成向量的矩阵，也用 AdamW。
+# 8 位 AdamW（adamw_bnb_8bit）的历史每个数只占 1 字节：0.66 GB 减到 0.32 GB（词向量仍是 4 字节），要更省显存时用。
+
 
 def orthogonalize(matrix):
-    """Newton–Schulz 迭代：(k, m, n) 的 k 个矩阵，奇异值都变成约 1。系数来自 Jordan。"""
-    x = matrix.float() / (matrix.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.half() if x.is_cuda else x  # 都不超过 1
+    """Newton–Schulz 迭代：(k, m, n) 是 k 个矩阵，奇异值都变成约 1，方向不变。系数来自 Jordan。"""
+    x = matrix.float()
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
+    if x.is_cuda:
+        x = x.half()  # 每个数都不超过 1，2 字节够用
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    for _ in range(5):
+    if tall:
+        x = x.mT
+    for _ in range(5):  # 每次：x ← 3.4445 x − 4.7750 (x xᵀ) x + 2.0315 (x xᵀ)² x
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return (x.mT if tall else x).to(matrix.dtype)
+    if tall:
+        x = x.mT
+    return x.to(matrix.dtype)
+
 
 class Muon(torch.optim.AdamW):
-    """split > 0 的参数组是矩阵，走正交化的动量；其余的由 AdamW。"""
+    """split 大于 0 的参数组是矩阵，由 Muon 更新；其余的由它继承的 AdamW 更新，检查点里也在一起。"""
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"] if group["split"] else []:  # (输入, 输出)；c_attn 是并排的 q、k、v，(C, 3C)
-                state, lr = self.state[p], group["lr"]
-                if not state:  # AdamW 读检查点时，要每个参数都有 step
-                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-                state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95%
-                update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov
-                parts = orthogonalize(torch.stack(update.chunk(group["split"], dim=1)))
-                scale = max(1, parts.size(2) / parts.size(1)) ** 0.5  # C → 4C 的，步子放大 √4 倍
-                p.mul_(1 - lr * group["weight_decay"])
-                p.sub_(torch.cat(parts.unbind(), dim=1), alpha=lr * scale)
-                p.grad = None  # 没有梯度的，AdamW 不动
+            if group["split"]:
+                for p in group["params"]:
+                    self.update_matrix(p, group)
+                    p.grad = None  # AdamW 跳过没有梯度的：这些矩阵已经更新过了
         super().step(closure)
+
+    def update_matrix(self, p, group):
+        """p：(输入, 输出)。c_attn 是并排的 q、k、v，(C, 3C)，split 是 3：三个矩阵分开正交化。"""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)  # AdamW 读检查点时，要每个参数都有 step
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95 %，新的梯度占 5 %
+        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov：把新的梯度再算进一点
+        parts = torch.stack(update.chunk(group["split"], dim=1))
+        _, rows, columns = parts.shape
+        update = torch.cat(orthogonalize(parts).unbind(), dim=1)
+        lr = group["lr"]
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(update, alpha=lr * max(1, columns / rows) ** 0.5)  # C → 4C 的，步子放大 √4 倍
+
 
 def parameter_groups(model, adamw_lr, muon_lr):
     """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn；其余的矩阵。"""
-    groups = {}
+    embeddings = {"params": [], "split": 0, "lr": adamw_lr, "weight_decay": WEIGHT_DECAY}
+    vectors = {"params": [], "split": 0, "lr": adamw_lr, "weight_decay": 0.0}
+    attention = {"params": [], "split": 3, "lr": muon_lr, "weight_decay": WEIGHT_DECAY}
+    matrices = {"params": [], "split": 1, "lr": muon_lr, "weight_decay": WEIGHT_DECAY}
     for name, p in model.named_parameters():
-        split = (3 if "c_attn" in name else 1) if p.ndim == 2 and ".h." in name else 0
-        groups.setdefault((split, WEIGHT_DECAY if p.ndim == 2 else 0.0), []).append(p)
-    return [{"params": params, "split": split, "weight_decay": decay,
-             "lr": muon_lr if split else adamw_lr} for (split, decay), params in groups.items()]
+        group = matrices
+        if p.ndim == 1:
+            group = vectors
+        elif ".h." not in name:
+            group = embeddings
+        elif "c_attn" in name:
+            group = attention
+        group["params"].append(p)
+    return [embeddings, vectors, attention, matrices]
+
+
+def build_optimizer(model, s):
+    """想试别的优化器：在这里加一个分支，名字加进 choose_packages，再换一个 --work_dir。"""
+    if s.optim == "muon":
+        # fused：整个更新在一个核里。fp16 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半却不会；None 让 torch 选别的
+        fused = None if s.precision == "fp16" else True
+        groups = parameter_groups(model, s.learning_rate, s.muon_learning_rate)
+        return Muon(groups, betas=BETAS, fused=fused)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if s.optim == "adamw_bnb_8bit":
+        import bitsandbytes as bnb
+
+        manager = bnb.optim.GlobalOptimManager.get_instance()
+        for module in (model.transformer.wte, model.transformer.wpe):
+            # 少见的词，一行里的梯度时有时无，8 位的历史记不准
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+        return bnb.optim.AdamW8bit(groups, s.learning_rate, BETAS)
+    fused = True if s.optim == "adamw_torch_fused" else None
+    return torch.optim.AdamW(groups, s.learning_rate, BETAS, fused=fused)
+
 
 def learning_rate_scale(step, total_steps):
-    """第 step 步（从 0 数）是最高学习率的几分之几：先线性升到 1（预热），再线性降到 0。"""
-    # 开头的梯度又大又乱，要小步走；最后步子越走越细，损失还会再降一截。
+    """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先直线升到 1（预热），再直线降到 0。"""
+    # 开头的梯度又大又乱，先小步走，优化器的历史攒够了再大步；最后步子越走越细，损失还会再降一截。
     # 共 11,838 步，预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964：
     # 矩阵的学习率 0.025 × 0.964 = 0.0241，其余的 3e-3 × 0.964 = 2.9e-3
-    warmup_steps = round(WARMUP * total_steps)
-    return min((step + 1) / max(1, warmup_steps), (total_steps - step) / max(1, total_steps - warmup_steps))
+    warmup_steps = max(1, round(WARMUP * total_steps))
+    rising = (step + 1) / warmup_steps
+    falling = (total_steps - step) / max(1, total_steps - warmup_steps)
+    return min(rising, falling)
+
 
 # ==== 5. 评估与续写 ====
 
+
 @torch.no_grad()
 def held_out_loss(model, s):
-    """每个来源的每个 token（包括 </s>）恰好预测一次。返回 {"eval_loss", "eval_bits_per_char", ……}。"""
-    # 损失是 nat/token，换了词表就不能比。每字比特 = 总 nat ÷ ln 2 ÷ 总字数：照它压缩，一个字占多少比特
-    data = np.fromfile(s.work_dir / "packed" / "eval.bin", np.uint16).astype(np.int64)
-    sums = {"": np.zeros(3)}
+    """验证：验证集的每个 token（包括 </s>）恰好预测一次。返回 {"eval_loss", "eval_bits_per_char", ……}，各来源也有。
+
+    损失是 nat/token，换了词表就不能比。每字比特（bits per character）= 总 nat ÷ ln 2 ÷ 总字数：照模型的概率压缩这些文字，
+    一个字平均占几个比特；换了词表也能比。
+    """
+    data = np.fromfile(s.work_dir / "packed/eval.bin", np.uint16).astype(np.int64)
+    tokens = torch.from_numpy(data).to(model.device)
+    padding = -len(tokens) % s.block_size
+    inputs = F.pad(tokens[:-1], (1, padding), value=EOS)
+    inputs = inputs.view(-1, s.block_size)
+    labels = F.pad(tokens, (0, padding))
+    labels = labels.view(-1, s.block_size)
+    nats = torch.zeros(labels.shape, device=model.device)  # 每个 token 的损失
+    for start in range(16 * RANK, len(inputs), 16 * WORLD_SIZE):  # 一次 16 块；几个进程各算一份
+        rows = slice(start, start + 16)
+        logits = model(inputs[rows]).logits.float()  # (16, T, V)
+        nats[rows] = F.cross_entropy(logits.mT, labels[rows], reduction="none")
+    nats = accelerate.utils.reduce(nats, reduction="sum").cpu().double().flatten()
+    metrics = {}
     for name, source in s.eval_sources.items():
-        tokens = torch.from_numpy(data[source["start"]:source["end"]])
-        padding, nats, size = -len(tokens) % s.block_size, 0.0, min(s.batch_size, 16)
-        inputs = F.pad(tokens[:-1], (1, padding), value=EOS).view(-1, s.block_size)
-        labels = F.pad(tokens, (0, padding), value=-100).view(-1, s.block_size)
-        for x, y in zip(inputs.split(size), labels.split(size), strict=True):
-            nats += float(model(x.to(model.device), y.to(model.device))["loss"]) * int((y != -100).sum())
-        sums[f"{name}_"] = np.array([nats, len(tokens), source["characters"]])
-        sums[""] += sums[f"{name}_"]
-    return {f"eval_{name}{metric}": round(float(value), 6) for name, (nats, tokens, chars) in sums.items()
-            for metric, value in (("loss", nats / tokens), ("bits_per_char", nats / math.log(2) / chars))}
+        losses = nats[source["start"] : source["end"]]
+        add_metrics(metrics, f"eval_{name}", losses, source["characters"])
+    characters = sum(source["characters"] for source in s.eval_sources.values())
+    add_metrics(metrics, "eval", nats[: len(tokens)], characters)
+    return metrics
+
+
+def add_metrics(metrics, name, losses, characters):
+    bits = float(losses.sum()) / math.log(2)
+    metrics[f"{name}_loss"] = round(float(losses.mean()), 6)
+    metrics[f"{name}_bits_per_char"] = round(bits / characters, 6)
+
 
 def generate_samples(model, tokenizer, s):
-    samples = {}  # 温度 0.8 让分数高的更占优；top-p 只在概率最大、合计 95% 的 token 里抽
+    """{开头: 续写}。每次验证都用同样的开头、同样的种子，才看得出变化。"""
+    samples = {}
     torch.manual_seed(s.seed)
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        length = min(64, s.block_size - ids.size(1))
-        output = model.generate(ids, max_new_tokens=length, use_cache=True, **SAMPLING)
+        length = min(ids.size(1) + 64, s.block_size)
+        output = model.generate(ids, max_length=length, use_cache=True, **SAMPLING)
         samples[prompt] = tokenizer.decode(output[0], skip_special_tokens=True)
     return samples
+
 
 # ==== 6. 训练 ====
 
 # Trainer 替我们做的一步：
 #     for micro_batch in 96 // 48 个微批量:       # 显存只放得下 48 块，就分两次算，梯度相加（梯度累积）
 #         loss = model(**micro_batch)["loss"] / 2 # 前向；矩阵乘用 bf16（autocast），权重仍是 fp32
-#         loss.backward()                         # 反向：每个参数的梯度
+#         loss.backward()                         # 反向：从损失倒着算出每个参数的梯度
 #     clip_grad_norm_(model.parameters(), 1.0)    # 梯度总长超过 1 就缩到 1：一批坏数据毁不了模型
-#     optimizer.step(); optimizer.zero_grad()     # 第 4 节
+#     optimizer.step(); optimizer.zero_grad()     # 第 4 节；然后把梯度清零
 #     scheduler.step()                            # 下一步的学习率 = 最高学习率 × learning_rate_scale(步数)
-#     步数是 10 的倍数就记日志，是 500 的倍数就验证、存检查点
-# 微批量只影响显存和速度，不影响结果。
+#     步数是 10 的倍数就记日志，是 500 的倍数就存检查点；验证、进度、停下是三个回调（callback），每步之后叫一次
+# 累积 2 次 48 块，和一次算 96 块，是同样的梯度（只差浮点舍入）：显存小的卡也能得到同样的模型。
 
-class GPT2Trainer(transformers.Trainer):
-    """换掉优化器、学习率、验证、日志。想试别的优化器，改 create_optimizer，换 --work_dir。"""
 
-    def create_optimizer(self, model=None):
+class Observer(transformers.TrainerCallback):
+    """每步之后看一眼：显示进度，记日志；每 eval_steps 步验证一次，写几段续写；有几步留一份快照。"""
+
+    def __init__(self, s):
+        self.settings = s
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
+        # 在终端里是进度条；写进文件或 notebook 时，改成至多约四十行
+        self.bar = tqdm(total=s.total_steps, desc="训练", unit="步", file=sys.stdout, disable=None)
+        logs = s.total_steps / s.logging_steps
+        self.print_steps = s.logging_steps * math.ceil(logs / 40)
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.clock = time.perf_counter()
+        self.logged_step = state.global_step
+        self.bar.update(state.global_step)
+        if state.global_step == 0:
+            self.evaluate(state, model)
+            save_snapshot(model, self.settings, state)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        step = state.global_step
+        self.bar.update()
+        if step % self.settings.eval_steps == 0 or step == state.max_steps:
+            self.evaluate(state, model)
+        save_snapshot(model, self.settings, state)
+
+    def evaluate(self, state, model):
+        start = time.perf_counter()
         s = self.settings
-        if s.optim != "muon":
-            return super().create_optimizer(model)
-        groups = parameter_groups(self.model, s.learning_rate, s.muon_learning_rate)
-        fused = s.precision != "fp16"  # 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半可不会跳
-        self.optimizer = Muon(groups, betas=BETAS, fused=fused)
-        return self.optimizer
+        step = state.global_step
+        metrics = held_out_loss(model.eval(), s)
+        loss = metrics["eval_loss"]
+        tqdm.write(
+            f"\n── 第 {step} 步的验证：损失 {loss:.3f}，每字比特 {metrics['eval_bits_per_char']:.3f} ──"
+        )
+        for prompt, text in generate_samples(model, self.tokenizer, s).items():
+            row = {"eval_loss": loss, "prompt": prompt, "step": step, "text": text}
+            state.log_history.append(row)
+            tqdm.write(f"    {' '.join(text.split())}")
+        self.trainer.log(metrics)
+        self.clock += time.perf_counter() - start  # 验证的时间不算在训练里
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_scale(step, num_training_steps))
-        return self.lr_scheduler
-
-    def evaluate(self, *args, **kwargs):
-        s, step, history = self.settings, self.state.global_step, self.state.log_history
-        metrics = held_out_loss(self.model.eval(), s)
-        loss, bits = metrics["eval_loss"], metrics["eval_bits_per_char"]
-        for prompt, text in generate_samples(self.model, self.tokenizer, s).items():
-            history.append({"eval_loss": loss, "prompt": prompt, "step": step, "text": text})
-        self.log(dict(metrics))
-        print(f"验证 {step} | loss {loss:.3f} | 每字比特 {bits:.3f} | {text[:60]!r}")
-        save_snapshot(self.model, s, step, history)
-        self.clock = time.perf_counter(), step  # 验证不计时
-        self.control.should_evaluate = False
-        return metrics
-
-    def log(self, logs, start_time=None):
-        s, step, history = self.settings, self.state.global_step, self.state.log_history
+    def on_log(self, args, state, control, logs, **kwargs):
+        s = self.settings
         if "loss" in logs:
-            # fp16 开头几步梯度溢出是正常的，GradScaler 会跳过
-            if not math.isfinite(logs["loss"] + (s.precision != "fp16" and logs["grad_norm"])):
-                fail(f"第 {step} 步的损失是 {logs['loss']}，梯度 {logs['grad_norm']}，发散了（检查点完好）："
-                     f"减半 --learning_rate {s.learning_rate:g}，加 --fresh 重来")
-            seconds, steps = time.perf_counter() - self.clock[0], step - self.clock[1]
-            self.clock, speed = (time.perf_counter(), step), steps * s.tokens_per_step / seconds
-            elapsed = seconds + max([row.get("elapsed_seconds", 0) for row in history], default=0)
-            logs |= {"tokens_per_second": round(speed, 1), "elapsed_seconds": round(elapsed, 2),
-                     "mfu": round(speed * s.flops_per_token / 312e12, 4)}  # A100 的峰值 312 TFLOP/s
-            left = (s.total_steps - step) / steps * seconds / 60
-            print(f"步 {step}/{s.total_steps} | loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | "
-                  f"{speed / 1000:.3g}k tok/s | MFU {logs['mfu']:.0%} | 剩余 {left:.1f} 分钟")
-        super().log(logs, start_time)
+            check_finite(logs, s, state.global_step)
+            self.add_speed(logs, state)
         if RANK == 0:
-            write_history(s.work_dir, history)
+            write_history(s.work_dir, state.log_history)
 
-def build_trainer(s, checkpoint, stop):
+    def add_speed(self, logs, state):
+        s = self.settings
+        step = state.global_step
+        seconds = time.perf_counter() - self.clock
+        steps = step - self.logged_step
+        speed = steps * s.tokens_per_step / seconds
+        elapsed = max(row.get("elapsed_seconds", 0) for row in state.log_history)
+        self.clock += seconds
+        self.logged_step = step
+        logs["averaged_steps"] = steps  # 这一行的损失是几步的平均：续训后的第一行，可能比别的少
+        logs["tokens_per_second"] = round(speed, 1)
+        logs["elapsed_seconds"] = round(elapsed + seconds, 2)
+        line = f"loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
+        # MFU（model FLOPs utilization）：用上的浮点运算，占这些卡峰值的几分之几；不认识的卡就不记
+        for card, tflops in PEAK_TFLOPS.items():
+            if re.search(rf"\b{card}\b", s.device_name):
+                peak = tflops * 1e12 * WORLD_SIZE
+                logs["mfu"] = round(speed * s.flops_per_token / peak, 4)
+                line += f" | MFU {logs['mfu']:.0%}"
+        state.log_history[-1].update(logs)
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and (step == 1 or step % self.print_steps == 0):
+            minutes = (s.total_steps - step) / steps * seconds / 60
+            print(f"步 {step}/{s.total_steps} | {line} | 剩余 {minutes:.1f} 分钟")
+
+
+def check_finite(logs, s, step):
+    """损失成了 NaN、无穷大，就停下：再训练也回不来。fp16 开头几步梯度溢出是正常的，GradScaler 会跳过。"""
+    numbers = [logs["loss"]]
+    if s.precision != "fp16":
+        numbers.append(logs["grad_norm"])
+    if not all(map(math.isfinite, numbers)):
+        fail(
+            f"第 {step} 步的损失、梯度是 {numbers}，发散了（检查点完好）："
+            f"把 --learning_rate 减半（现在 {s.learning_rate:g}），加 --fresh 从头来"
+        )
+
+
+def build_trainer(s, stop):
     arguments = transformers.TrainingArguments(
-        output_dir=s.work_dir / "checkpoints", max_steps=s.total_steps,
+        output_dir=s.work_dir / "checkpoints",
+        max_steps=s.total_steps,
         per_device_train_batch_size=s.batch_size,
         gradient_accumulation_steps=s.effective_batch_size // (s.batch_size * WORLD_SIZE),
-        learning_rate=s.learning_rate, weight_decay=WEIGHT_DECAY, adam_beta2=BETAS[1],
-        optim="adamw_torch" if s.optim == "muon" else s.optim, torch_compile=s.compile,
-        bf16=s.precision == "bf16", fp16=s.precision == "fp16", tf32=s.tf32,
-        activation_checkpointing=s.gradient_checkpointing, use_cpu=s.device == "cpu",
-        dataloader_pin_memory=s.device == "cuda", train_sampling_strategy="sequential",  # 次序已排好
-        logging_nan_inf_filter=False,  # 否则每个微批量都要等 GPU
-        logging_steps=s.logging_steps, logging_first_step=True, disable_tqdm=True, report_to=s.report_to,
-        eval_strategy="steps", eval_steps=s.eval_steps, eval_on_start=checkpoint is None,
-        save_steps=s.eval_steps, save_total_limit=2, ddp_find_unused_parameters=False)
-    packed, length = s.work_dir / "packed", s.total_steps * s.effective_batch_size
-    blocks = BlockStream(packed / "train.bin", s.block_size, length, s.seed)
-    trainer = GPT2Trainer(build_model(s), arguments, train_dataset=blocks, eval_dataset=packed / "eval.bin",
-                          callbacks=[stop])
+        bf16=s.precision == "bf16",
+        fp16=s.precision == "fp16",
+        torch_compile=s.compile,
+        activation_checkpointing=s.gradient_checkpointing,
+        use_cpu=s.device == "cpu",
+        dataloader_pin_memory=s.device == "cuda",
+        train_sampling_strategy="sequential",  # BlockStream 已经排好了次序
+        logging_steps=s.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # 打开的话，每个微批量都要等 GPU
+        save_steps=s.eval_steps,
+        save_total_limit=2,
+        report_to=s.report_to,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+    length = s.total_steps * s.effective_batch_size
+    blocks = BlockStream(s.work_dir / "packed/train.bin", s.block_size, length, s.seed)
+    model = build_model(s).to(arguments.device)
+    optimizer = build_optimizer(model, s)
+    scale = partial(learning_rate_scale, total_steps=s.total_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=blocks,
+        optimizers=(optimizer, scheduler),
+        callbacks=[stop],
+    )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.model_accepts_loss_kwargs = False  # 每块一样长，损失取平均就对
-    trainer.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
-    trainer.settings, trainer.clock = s, (time.perf_counter(), step_of(checkpoint))
+    observer = Observer(s)
+    observer.trainer = trainer
+    trainer.callback_handler.callbacks.insert(0, observer)  # 排在最前：tensorboard 等要收到它加上的速度
+    if s.device == "cuda":  # accelerate 编译时会自己打开 TF32，所以在它之后设
+        torch.set_float32_matmul_precision("high" if s.tf32 else "highest")
     return trainer
 
-def train(s, checkpoint, stop):
-    """训练到底，或被叫停。显存不够就微批量减半、累积加倍，结果不变。"""
-    while True:
-        for path in [*s.work_dir.glob("checkpoints/checkpoint-*"), *s.work_dir.glob("snapshots/step-*")]:
-            if RANK == 0 and step_of(path) > step_of(checkpoint):  # 坏了的，或 --fresh
-                shutil.rmtree(path)
-        trainer = build_trainer(s, checkpoint, stop)
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            return trainer
-        except torch.OutOfMemoryError:
-            if s.batch_size % 2 or WORLD_SIZE > 1:  # 只有一个进程减半，别的会永远等它
-                sys.exit(f"错误：显存放不下微批量 {s.batch_size}：减小 --batch_size，或加 --gradient_checkpointing")
-        del trainer
-        s.batch_size, checkpoint = s.batch_size // 2, newest_checkpoint(s.work_dir)
-        print(f"显存不够：微批量减到 {s.batch_size}，累积加倍，从第 {step_of(checkpoint)} 步接着训练")
 
 # ==== 7. 主程序 ====
 
+
 def main():
-    if RANK:  # 只有 0 号说话；它出错时，torchrun 用 SIGTERM 叫停别的
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if WORLD_SIZE == 1:  # 看见几张显卡，Trainer 会用很慢的 DataParallel
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  只有 0 号进程说话
     transformers.utils.logging.disable_progress_bar()
     s = read_settings()
-    choose_speed(s)
+    choose_machine(s)
+    choose_packages(s)
+    if s.preset == "full" and s.device == "cpu" and not (s.asked_device or s.max_steps or s.prepare_only):
+        fail(
+            "没有 CUDA 显卡，CPU 要几个月。演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu"
+        )
     checkpoint = None if s.fresh else newest_checkpoint(s.work_dir)
     s.work_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(s.work_dir / ".lock")
     if RANK == 0:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0)  # 一个工作目录只许一个训练
         prepare(s, checkpoint)
-        pack(s)
-    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).wait_for_everyone()  # 等 0 号
+    # 别的进程在这里等 0 号准备完数据
+    accelerate.PartialState(cpu=s.device == "cpu", timeout=timedelta(days=1)).wait_for_everyone()
     if s.prepare_only:
-        return print("数据准备好了；去掉 --prepare_only 就训练")
+        print("数据准备好了；去掉 --prepare_only 就训练")
+        return
+    print("\n第 3 步，共 4 步：训练模型\n猜每个位置的下一个 token；猜错多少，就照梯度把参数改多少。")
     derive(s)
-    check_disk(s, s.parameters * (16 if checkpoint else 40 + 24 * s.snapshots))  # 3 个检查点，模型，12 个快照
-    if checkpoint:
-        print(f"从第 {step_of(checkpoint)} 步接着训练")
-    elif RANK == 0:
-        write_json(s.work_dir / "config.json", vars(s))
-    if s.device == "cpu" and sys.platform == "linux":  # 不还内存给系统：再要时逐页清零，慢两成
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 1 << 30)
-    if s.report_to == "swanlab" and RANK == 0:  # transformers 漏了它，会崩溃
-        import swanlab
-        swanlab.init(project="gpt2-chinese")
-    stop = StopRequest(s)
-    trainer = train(s, checkpoint, stop)
-    if RANK:  # gloo 有时会卡住解释器的收尾
-        os._exit(0)
-    if (step := trainer.state.global_step) == s.total_steps:
-        return save_final_model(s.work_dir, trainer.model, trainer.tokenizer)
-    print(f"停在第 {step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
-    code = 128 + stop.reason if stop.reason > 1 else 0
-    sys.exit(code) if WORLD_SIZE == 1 else os._exit(code)
+    prepare_process(s, checkpoint)
+    train(s, checkpoint)
 
-def save_final_model(work_dir, model, tokenizer):
-    model.__class__ = transformers.GPT2LMHeadModel  # 加载时不用本脚本
-    model.config.use_cache, model.config.pad_token_id = True, PAD
+
+def train(s, checkpoint):
+    """训练到底，或被叫停。"""
+    stop = StopRequest(s)
+    trainer = build_trainer(s, stop)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.OutOfMemoryError:
+        sys.exit(
+            f"错误：显存放不下微批量 {s.batch_size}；同一条命令加 --batch_size {s.batch_size // 2 or 1}，结果不变"
+        )
+    if RANK:
+        os._exit(0)  # gloo（CPU 上的进程间通信）有时会卡住解释器的收尾
+    step = trainer.state.global_step
+    if step == s.total_steps:
+        save_final_model(s, trainer.model)
+        return
+    print(f"停在第 {step} 步，检查点已存好。接着训练：同一条命令（不要 --fresh）再跑一次")
+    if WORLD_SIZE > 1:
+        os._exit(stop.exit_code)
+    sys.exit(stop.exit_code)
+
+
+def save_final_model(s, model):
+    folder = s.work_dir / "final_model"
+    model.config.use_cache = True  # 续写时存下前文的 k、v，不必每个 token 重算
+    model.config.pad_token_id = PAD
+    length = min(100, s.block_size // 2)
     model.generation_config = transformers.GenerationConfig(
-        max_new_tokens=min(100, model.config.n_positions // 2), bos_token_id=BOS, **SAMPLING)
-    model.save_pretrained(work_dir / "final_model")
-    tokenizer.save_pretrained(work_dir / "final_model")
-    if (plot := Path(__file__).with_name("plot_loss.py")).exists():
-        subprocess.run([sys.executable, plot, work_dir, "--output", work_dir / "loss_curve.png"])
-    print(f"完成。模型在 {work_dir / 'final_model'}")
+        max_new_tokens=length, bos_token_id=BOS, **SAMPLING
+    )
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer").save_pretrained(folder)
+    plot = Path(__file__).with_name("plot_loss.py")
+    if plot.exists():
+        picture = s.work_dir / "loss_curve.png"
+        subprocess.run([sys.executable, plot, s.work_dir, "--output", picture])
+    print(
+        f"\n完成。模型在 {folder}。接下来：\n"
+        f'  1. 让它续写：python generate.py "{PROMPTS[0]}" --model {s.work_dir}\n'
+        f"  2. 看它怎样学会的：{s.work_dir} 里的 loss_curve.png 和 generation_samples.md\n"
+        f"  3. 打开网页：pip install -r space/requirements.txt，然后 python space/app.py --model {s.work_dir}"
+    )
+
 
 # ==== 8. 防错与落盘（初学可以跳过）====
 
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "4090": 165,
+    "3090": 71,
+    "T4": 65,
+    "V100": 125,
+}
+
+
 def fail(message):
+    """说一行就退出；几个进程时只有 0 号说。"""
     sys.exit(f"错误：{message}" if RANK == 0 else 1)
 
-def run_script(name, output, *arguments):
-    with filelock.FileLock(output.with_name(f".{output.name}.lock")):  # 上次被杀掉，子进程可能还在写
-        print(f"── 运行 {name}（应当在本脚本旁边）")
-    command = [sys.executable, Path(__file__).with_name(name), "--output_dir", output, *map(str, arguments)]
-    if code := subprocess.run(command).returncode:
+
+def flash_attn_imports():
+    """不但装着，还能导入：为别的版本的 torch 编译的 flash-attn，导入时才报错。"""
+    try:
+        import flash_attn  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def compiler_is_complete(device):
+    """torch.compile 要 C++ 编译器和 Python.h；显卡上还要 triton。"""
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    triton = device == "cpu" or find_spec("triton")
+    return bool(shutil.which("g++") and os.path.isfile(header) and triton)
+
+
+def prepare_process(s, checkpoint):
+    """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
+    # 每个参数的字节：接着训练，要再写一个检查点和最终模型，16；从头的话，三个检查点、最终模型、12 个快照，64
+    check_disk(s, 16 if checkpoint else 64)
+    if checkpoint:
+        print(f"从第 {step_of(checkpoint)} 步的检查点接着训练")
+    elif RANK == 0:
+        write_json(s.work_dir / "config.json", vars(s))
+        for old in ("checkpoints", "snapshots"):
+            shutil.rmtree(s.work_dir / old, ignore_errors=True)
+    if s.device == "cpu" and sys.platform == "linux":
+        # 用过的内存不还给系统：再要时，系统要逐页清零，慢两成
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    cards = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))  # torch 只看得见一张，见文件开头
+    if s.device == "cuda" and cards > WORLD_SIZE:
+        print(
+            f"有 {cards} 张显卡，用了 {WORLD_SIZE} 张；都用上：torchrun --nproc_per_node={cards} a100_train.py ……"
+        )
+
+
+def run_script(name, output, *options):
+    """运行本脚本旁边的另一个脚本。"""
+    script = Path(__file__).with_name(name)
+    command = [sys.executable, script, "--output_dir", output, *options]
+    code = subprocess.run(list(map(str, command))).returncode
+    if code:
         sys.exit(code)
 
+
+def check_recipe(s):
+    """接着旧的检查点训练：数据和设置要与它的相同。"""
+    old = json.loads((s.work_dir / "config.json").read_text(encoding="utf-8"))
+    for name in RECIPE:
+        now = getattr(s, name)
+        if old.get(name) != now:
+            fail(f"{name} 原来是 {old.get(name)}，现在是 {now}：改回去，或换 --work_dir，或加 --fresh")
+
+
 def step_of(checkpoint):
+    """checkpoint-500 -> 500；没有是 0。"""
     return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+
 
 def newest_checkpoint(work_dir):
     """最新的完整检查点，或 None。"""
-    for path in sorted((work_dir / "checkpoints").glob("checkpoint-*"), key=step_of, reverse=True):
-        with suppress(OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            safetensors.torch.load_file(path / "model.safetensors")
-            files = path / "optimizer.pt", path / "scheduler.pt", min(path.glob("rng_state*.pth"))
-            if not any(zipfile.ZipFile(file).testzip() for file in files):
-                return path
+    for path in sorted(work_dir.glob("checkpoints/checkpoint-*"), key=step_of, reverse=True):
+        if is_complete(path):
+            return path
         print(f"跳过不完整的检查点 {path}")
+    return None
+
+
+def is_complete(checkpoint):
+    """各个文件都在，都读得出来：断电时可能只写了一半。trainer_state.json 是最后写的。"""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        safetensors.torch.load_file(checkpoint / "model.safetensors")
+        for path in [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt*")]:
+            if zipfile.ZipFile(path).testzip():
+                return False
+    except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
+        return False
+    return True
+
+
+def write_text(path, text):
+    """先写在旁边再改名：写到一半被杀，原来的还在。"""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
 
 def write_json(path, value):
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    write_text(path, text)
+
 
 def write_history(folder, history):
     """由 log_history 写日志和续写。它随检查点存取，所以续训时每一步也恰好一份。"""
-    log = [{"step": row["step"]} | {k: v for k, v in row.items() if k != "epoch" and math.isfinite(v)}
-           for row in history if "loss" in row or "eval_bits_per_char" in row]
     samples = [row for row in history if "prompt" in row]
-    for name, rows in ("train_log", log), ("samples", samples):
+    log = [row for row in history if "tokens_per_second" in row or "eval_bits_per_char" in row]
+    for name, rows in (("train_log", log), ("samples", samples)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_text(folder / f"{name}.jsonl", "".join(lines))
     table = "| 步 | 验证损失 | 续写 |\n|---:|---:|---|\n"
     for row in samples:
         text = " ⏎ ".join(row["text"].replace("|", "\\|").splitlines())
         table += f"| {row['step']} | {row['eval_loss']:.3f} | {text} |\n"
-    (folder / "generation_samples.md").write_text(table, encoding="utf-8")
+    write_text(folder / "generation_samples.md", table)
 
-def save_snapshot(model, s, step, history):
-    """第 0、100、200、500、1,000……步和最后一步，留一份权重和最近的验证结果。"""
-    wanted = step in (0, s.total_steps) or re.fullmatch("[125]0{2,}", str(step))
-    if RANK == 0 and s.snapshots and wanted:
-        folder = s.work_dir / "snapshots" / f"step-{step}"
-        weights = {name: p.bfloat16() for name, p in model.named_parameters()}
-        model.save_pretrained(folder, state_dict=weights)
-        metrics = next(row for row in reversed(history) if "eval_bits_per_char" in row)
-        write_json(folder / "snapshot.json", metrics | {
-            "eval_step": metrics["step"], "step": step, "tokens": step * s.tokens_per_step})
 
-def check_disk(s, need):
-    if (free := shutil.disk_usage(s.work_dir).free) < need:
-        fail(f"{s.work_dir} 的磁盘不够：剩 {free >> 20:,} MB，要 {need >> 20:,} MB；清出空间，或加 --no-snapshots")
+def save_snapshot(model, s, state):
+    """第 0、100、200、500、1,000、2,000……步和最后一步，留一份半精度的权重，和最近的验证结果。"""
+    step = state.global_step
+    wanted = step in (0, s.total_steps) or re.fullmatch("[125]00+", str(step))
+    if RANK or not s.snapshots or not wanted:
+        return
+    folder = s.work_dir / "snapshots" / f"step-{step}"
+    weights = {name: p.bfloat16() for name, p in model.named_parameters()}
+    model.save_pretrained(folder, state_dict=weights)
+    evaluations = [row for row in state.log_history if "eval_bits_per_char" in row]
+    note = dict(evaluations[-1])
+    note["eval_step"] = note["step"]
+    note["step"] = step
+    note["tokens"] = step * s.tokens_per_step
+    write_json(folder / "snapshot.json", note)
+
+
+def check_disk(s, bytes_per_parameter):
+    free = shutil.disk_usage(s.work_dir).free
+    need = bytes_per_parameter * s.parameters
+    if free < need:
+        fail(
+            f"{s.work_dir} 的磁盘不够：剩 {free >> 20:,} MB，要 {need >> 20:,} MB；清出空间，或加 --no-snapshots"
+        )
+
 
 class StopRequest(transformers.TrainerCallback):
-    """Ctrl-C、SIGTERM（reason 是编号）或 --max_hours（1）：做完这一步，存好再停。"""
+    """Ctrl-C、SIGTERM 或 --max_hours：做完这一步，存好再停。"""
 
     def __init__(self, s):
-        self.settings, self.asked, self.reason = s, 0, 0
-        self.deadline = START + 3600 * 0.99 * (s.max_hours or math.inf)
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, self.request)
+        self.settings = s
+        self.exit_code = 0  # 被信号叫停是 128 + 编号：“命令 && shutdown” 就不会关机
+        self.deadline = START + 3564 * (s.max_hours or math.inf)  # 每小时留 36 秒存盘
+        signal.signal(signal.SIGINT, self.request)
+        signal.signal(signal.SIGTERM, self.request)
 
-    def request(self, which, frame):
-        print("收到停止信号：做完这一步就存检查点（再按一次立即停）")
-        self.asked = which
-        signal.signal(which, signal.SIG_DFL)
+    def request(self, number, frame):
+        tqdm.write("收到停止信号：做完这一步就存检查点（再按一次立即停）")
+        self.exit_code = 128 + number
+        signal.signal(number, signal.SIG_DFL)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        s, step = self.settings, state.global_step
-        save_snapshot(model, s, step, state.log_history)
-        if WORLD_SIZE == 1 or step % s.logging_steps == 0:  # 几个进程要停在同一步
-            late = int(time.time() > self.deadline)
-            self.reason = max(accelerate.utils.gather_object([self.asked or late]))
-            if self.reason:
-                control.should_training_stop = control.should_save = True
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.exit_code > 0 or time.time() > self.deadline
+        if WORLD_SIZE > 1:  # 几个进程要停在同一步，所以每一步都商量
+            stop = any(accelerate.utils.gather_object([stop]))
+        if stop:
+            control.should_training_stop = True
+            control.should_save = True
         if control.should_save:
-            check_disk(s, 16 * s.parameters)
+            check_disk(self.settings, 16)
 
-def read_report(folder, name="report.json"):  # 没做完、缺文件或大小不对，是 {}
+
+def read_report(folder, name="report.json"):
+    """读一份报告。没有、读不懂，或它列出的文件缺了、大小变了，返回 {}：这个文件夹没有做完。"""
     try:
         report = json.loads((folder / name).read_text(encoding="utf-8"))
         sizes = {file: (folder / file).stat().st_size for file in report["files"]}
-        return report if sizes == report["files"] else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
+    return report if sizes == report["files"] else {}
+
 
 def run(main):
-    """运行 main()。磁盘满、没有权限、别人正在写，只说一行。"""
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, lambda number, frame: sys.exit(128 + number))
+    """运行 main()。Ctrl-C、磁盘满、没有权限、别的进程正在写，都只说一行。"""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
         main()
+    except KeyboardInterrupt:
+        print("停下了；同一条命令再跑一次，做好的不重做", file=sys.stderr)
+        sys.exit(130)
+    except filelock.Timeout as error:
+        sys.exit(f"错误：另一个进程正在写（{error}）；等它结束，再跑同一条命令")
     except OSError as error:
-        what = "另一个进程正在写" if isinstance(error, filelock.Timeout) else "读写失败"
-        sys.exit(f"错误：{what}（{error}）；等它结束，或清出空间、检查权限，再跑同一条命令")
+        sys.exit(f"错误：读写失败（{error}）；清出空间、检查权限，再跑同一条命令")
+
 
 if __name__ == "__main__":
     run(main)

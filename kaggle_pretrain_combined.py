@@ -83,18 +83,30 @@ WARMUP, WEIGHT_DECAY, BETAS = 0.05, 0.1, (0.9, 0.95)
 s = argparse.Namespace(**FULL | (DEMO if PRESET == "demo" else {}), learning_rate=LEARNING_RATES[PRESET][0],
                        preset=PRESET, work_dir=WORKING / "gpt2-chinese", optim="muon", attn="sdpa")
 
-def memory_needed(batch_size, optimizer="muon", precision="bf16", vocab_size=32_000, n_layer=8, n_embd=768,
-                  block_size=1024):
-    embeddings, matrices = (vocab_size + block_size) * n_embd, 12 * n_layer * n_embd**2
-    parameters = embeddings + matrices + (13 * n_layer + 2) * n_embd         # 默认共 82,066,944
-    states = {"adamw_torch_fused": 8 * parameters, "muon": 8 * parameters - 4 * matrices,
-              "adamw_bnb_8bit": 8 * embeddings + 2 * (parameters - embeddings)}
-    half = precision != "fp32"
-    return {"weights": (6 if half else 4) * parameters,      # fp32，和 autocast 的半精度副本
-            "gradients": 4 * parameters, "optimizer": states[optimizer],
-            "activations": batch_size * block_size * n_layer * n_embd * (36 if half else 64),
-            "logits": batch_size * block_size * 12 * vocab_size,     # 三份 fp32：log_softmax、它的梯度、上游的梯度
-            "context": 2**30}       # CUDA 上下文、碎片
+def memory_needed(
+    batch_size, optimizer="muon", precision="bf16", vocab_size=32_000, n_layer=8, n_embd=768, block_size=1024
+):
+    embeddings = (vocab_size + block_size) * n_embd
+    matrices = 12 * n_layer * n_embd**2
+    parameters = embeddings + matrices + (13 * n_layer + 2) * n_embd  # 默认共 82,066,944
+    states = 8 * parameters  # AdamW 每个参数记两个 fp32，8 字节
+    if optimizer == "muon":
+        states -= 4 * matrices  # Muon 对矩阵只记一个 fp32 动量
+    if optimizer == "adamw_bnb_8bit":
+        states = 8 * embeddings + 2 * (parameters - embeddings)  # 词向量和位置向量仍是 fp32，其余各 1 字节
+    weight_bytes = 6  # fp32 的权重 4 字节，autocast 的半精度副本 2 字节
+    activation_bytes = 36
+    if precision == "fp32":
+        weight_bytes = 4
+        activation_bytes = 64
+    return {
+        "weights": weight_bytes * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": states,
+        "activations": batch_size * block_size * n_layer * n_embd * activation_bytes,
+        "logits": batch_size * block_size * 12 * vocab_size,  # 三份 fp32：log_softmax、它的梯度、上游的梯度
+        "context": 2**30,  # CUDA 上下文、碎片
+    }
 
 def micro_batch(s, memory):
     """每张卡分到的块数的约数里，放得下的最大的一个。T4 上 16 块要 11.7 GiB，24 块要 16.3，放不下。"""

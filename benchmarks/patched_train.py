@@ -111,6 +111,42 @@ def layernorm_liger(_):
     after_build(change)
 
 
+def positions_off(_):
+    """没有位置向量：全是 0，也不训练。"""
+
+    def change(model):
+        model.transformer.wpe.weight.requires_grad_(False).zero_()
+
+    after_build(change)
+
+
+def vectors_rate(value):
+    """偏置和 LayerNorm 的学习率是词向量的几倍。"""
+    original = a100_train.parameter_groups
+
+    def parameter_groups(*args):
+        groups = original(*args)
+        for group in groups:
+            if all(p.ndim < 2 for p in group["params"]):
+                group["lr"] *= float(value)
+        return groups
+
+    a100_train.parameter_groups = parameter_groups
+
+
+def blocks_tenth(_):
+    """只用前十分之一的块，读十遍，每遍重新打乱；步数不变。"""
+
+    class Tenth(a100_train.BlockStream):
+        def __getitem__(self, index):
+            size = max(1, len(self) // 10)
+            epoch, place = divmod(index, size)
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(epoch))
+            return super().__getitem__(int(order[place]))
+
+    a100_train.BlockStream = Tenth
+
+
 def extras_off(_):
     """不续写、不存盘、不画图：只要速度和损失。"""
     override("TrainingArguments", {"save_strategy": "no"})
@@ -124,6 +160,9 @@ PATCHES = {
     "attention=padding_mask": attention_padding_mask,
     "vocab_extra": vocab_extra,
     "layernorm=liger": layernorm_liger,
+    "positions=off": positions_off,
+    "blocks=tenth": blocks_tenth,
+    "vectors": vectors_rate,
     "extras=off": extras_off,
 }
 

@@ -37,8 +37,10 @@ def read(name):
             row = json.loads(line)
             rows.setdefault(str(row.get("step", "settings")), {}).update(row)
         return rows
-    if path.suffix == ".py":  # SETTINGS 表里的默认值
-        return dict(re.findall(r'^    \("(\w+)", ([\d.]+),', path.read_text(encoding="utf-8"), re.M))
+    if path.suffix == ".py":  # 各选项的默认值：SETTINGS 表里的一行，或一句 add("--名字", …, default=数)
+        text = path.read_text(encoding="utf-8")
+        table = re.findall(r'^    \("(\w+)", ([\d.]+),', text, re.M)
+        return dict(table + re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))
     if path.suffix == ".log":  # 整理语料时打印的计数：名字，后面是各来源的数；这里取合计
         text = path.read_text(encoding="utf-8").partition("\n写好 ")[0]
         return {
@@ -142,7 +144,7 @@ def log_line(step):
     seconds = (total - int(step)) * config["effective_batch_size"] * config["block_size"] / speed
     return (
         f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
-        f"MFU {speed * config['flops_per_token'] / 312e12:.0%} | 剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
+        f"剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
     )
 
 
@@ -174,18 +176,32 @@ def blocks(text):
     return [block for block in text.split("\n\n") if not block.startswith("    ")]
 
 
+def wrong_marks(block, shown):
+    """出处里的数与 results/ 不同，或没有印在 shown 里。"""
+    plain = shown.replace(" %", "%")
+    for name, path, printed in marks(block):
+        if printed_as(look_up(name, path), printed) != printed:
+            yield f"{name} {path} 是 {look_up(name, path)}，这里写 {printed}"
+        if not re.search(rf"(?<![\d.,]){re.escape(printed.replace('␣', ' '))}(?![\d])", plain):
+            yield f"{name} {path}={printed} 没有印在那一段里：{plain.strip()[:60]}"
+
+
+def script_problems(text):
+    """脚本里的出处是注释或 docstring 里的一行：出处 文件 路径=数。数要印在同一段（前后没有空行）里。"""
+    text = re.sub(r"^ *(?:# )?出处 (.+)$", r"<!-- 出处 \1 -->", text, flags=re.M)
+    found = []
+    for block in text.split("\n\n"):
+        found += wrong_marks(block, re.sub(r"<!--.*?-->", "", block))
+    return found
+
+
 def problems(text):
     found = []
     for block in blocks(text):
         shown = re.sub(r"<!--.*?-->|\]\([^)]*\)|`[^`]*`", "", block, flags=re.S)
         if NUMBER.search(shown) and not any(excuse in block for excuse in EXCUSES):
             found.append(f"没有来历的数：{shown.strip()[:80]}")
-        plain = shown.replace(" %", "%")
-        for name, path, printed in marks(block):
-            if printed_as(look_up(name, path), printed) != printed:
-                found.append(f"{name} {path} 是 {look_up(name, path)}，README 写 {printed}")
-            if not re.search(rf"(?<![\d.,]){re.escape(printed.replace('␣', ' '))}(?![\d])", plain):
-                found.append(f"{name} {path}={printed} 没有印在那一段里：{plain.strip()[:60]}")
+        found += wrong_marks(block, shown)
     for line in LOG_LINE.finditer(text):
         if line[0] != log_line(line[1]):
             found.append(f"日志应当是 {log_line(line[1])}，README 写 {line[0]}")
@@ -235,9 +251,11 @@ def main():
         if args.update:
             path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
         found += problems(path.read_text(encoding="utf-8"))
+    for path in ROOT.glob("*.py"):
+        found += script_problems(path.read_text(encoding="utf-8"))
     if found:
         sys.exit("错误：\n" + "\n".join(found))
-    print("README 的数字都与 results/ 一致")
+    print("README 和脚本里有出处的数字都与 results/ 一致")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # 任何测试都不许联网
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
+import argparse
 import json
 import shutil
 import signal
@@ -71,6 +72,20 @@ def error_of(module, *argv):
         assert str(stop.code).startswith("错误：") and "\n" not in stop.code, stop.code
         return stop.code  # 不留住异常对象：它的 traceback 会让文件锁一直占着
     raise AssertionError(f"应当报错：{argv}")
+
+
+def defaults(preset):
+    """一个预设的全部设置；由数据、机器定的几项（词表、语料、Muon 时的学习率），填上预设里写的。"""
+    import a100_train
+
+    parser = argparse.ArgumentParser()
+    a100_train.add_settings(parser)
+    parser.set_defaults(**a100_train.PRESETS[preset])
+    s = parser.parse_args(["--preset", preset])
+    s.corpus = a100_train.CORPUS[preset]
+    s.vocab_size = a100_train.VOCAB_SIZE[preset]
+    s.learning_rate = a100_train.LEARNING_RATE["muon"][preset]
+    return s
 
 
 def environment():

@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
                 "id": name,
                 "_id": "1",
                 "private": repo["private"],
-                "siblings": [],
+                "siblings": [{"rfilename": path} for path in repo["files"]],
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
@@ -108,6 +108,20 @@ class Handler(BaseHTTPRequestHandler):
                 "gated": False,
             }
         )
+
+    def resolve(self, kind, name, path):
+        """下载一个文件；HEAD 只要头。"""
+        repo = self.server.hub.repos.get(f"{kind or 'models/'}{name}", {"files": {}})
+        oid = repo["files"].get(path)
+        if oid is None:
+            return self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        body = self.server.hub.objects[oid]
+        self.send_response(200)
+        self.send_header("ETag", f'"{oid}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return None if self.command == "HEAD" else self.wfile.write(body)
 
     def validate(self):
         self.reply({"errors": [], "warnings": []})
@@ -178,6 +192,7 @@ ROUTES = [
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create),
     (r"POST /api/validate-yaml", Handler.validate),
+    (r"(?:GET|HEAD) /((?:datasets|spaces)/)?([^/]+/[^/]+)/resolve/\w+/(.+)", Handler.resolve),
     (r"GET /api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/revision/main)?", Handler.info),
     (r"POST /api/(models|datasets|spaces)/([^/]+/[^/]+)/preupload/main", Handler.preupload),
     (r"POST /(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),

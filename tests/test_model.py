@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import VOCAB_SIZE
+from conftest import VOCAB_SIZE, defaults
 
 import a100_train
 
-TINY = dict(vocab_size=500, n_layer=2, n_embd=32, n_head=4, block_size=16, attn="sdpa", liger=False, seed=0)
+TINY = dict(vocab_size=500, n_layer=2, n_embd=32, n_head=4, block_size=16, attn="sdpa", seed=0)
 
 
 def tiny_model(**changes):
@@ -45,8 +45,8 @@ def loss_and_gradient(model, batch=None):
 def test_parameter_count(work_dir, tmp_path, monkeypatch, size):
     """完整模型恰好 82,066,944 个参数；derive 的公式等于真的数一遍。"""
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
-    full = {row[0]: row[3] for row in a100_train.SETTINGS}
-    s = argparse.Namespace(**(full | size | dict(device="cpu", attn="sdpa", optim="muon", work_dir=tmp_path)))
+    chosen = dict(device="cpu", device_name="cpu", precision="fp32", attn="sdpa", optim="muon", compile=False)
+    s = argparse.Namespace(**(vars(defaults("full")) | size | chosen | dict(work_dir=tmp_path)))
     monkeypatch.setattr(
         a100_train, "read_report", lambda *_: meta | {"vocab_size": s.vocab_size, "train_tokens": 581_855_232}
     )
@@ -219,20 +219,6 @@ def test_loss_equals_the_original_class():
         assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 
 
-def test_liger_gets_hidden_states_weights_and_labels(monkeypatch):
-    """--liger 只在显卡上跑；这里把它的核换成普通的算法，看传给它的是不是对的东西：损失和梯度相同。"""
-    functional = pytest.importorskip("liger_kernel.transformers.functional")
-    monkeypatch.setattr(
-        functional,
-        "liger_fused_linear_cross_entropy",
-        lambda hidden, weight, labels: F.cross_entropy(hidden @ weight.T, labels),
-    )
-    (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(tiny_model(liger=liger)) for liger in (False, True)
-    )
-    assert loss_a == pytest.approx(loss_b, abs=1e-6) and torch.allclose(gradient_a, gradient_b, atol=1e-6)
-
-
 def test_gradient_checkpointing_changes_nothing():
     model = tiny_model().train()
     model.activation_checkpointing_enable()
@@ -244,8 +230,31 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def muon_for(model):
-    groups = a100_train.parameter_groups(model, 1e-2, 2e-2)
-    return a100_train.Muon(groups, lr=1e-2, betas=a100_train.BETAS, foreach=True, fused=False)
+    return optimizer_for(model, optim="muon", precision="fp16")
+
+
+def optimizer_for(model, **changes):
+    s = dict(optim="muon", precision="fp32", learning_rate=1e-2, muon_learning_rate=2e-2) | changes
+    return a100_train.build_optimizer(model, argparse.Namespace(**s))
+
+
+def test_optimizers_and_their_kernels():
+    """fp16 的 Muon 不用 fused（溢出时，它那一半会自己跳过），但也不写 False：那样连 foreach 也关掉，一个个张量地走。"""
+    for precision, fused in (("fp32", True), ("bf16", True), ("fp16", None)):
+        muon = optimizer_for(tiny_model(), precision=precision)
+        assert type(muon) is a100_train.Muon and (muon.defaults["fused"], muon.defaults["foreach"]) == (
+            fused,
+            None,
+        )
+        assert muon.defaults["betas"] == a100_train.BETAS
+    for name, fused in (("adamw_torch_fused", True), ("adamw_torch", None)):
+        adamw = optimizer_for(tiny_model(), optim=name)
+        assert type(adamw) is torch.optim.AdamW and adamw.defaults["fused"] == fused
+        assert {(p.ndim, group["weight_decay"]) for group in adamw.param_groups for p in group["params"]} == {
+            (2, 0.1),
+            (1, 0.0),
+        }
+        assert {group["lr"] for group in adamw.param_groups} == {1e-2}
 
 
 def test_parameter_groups():
@@ -334,9 +343,10 @@ def test_orthogonalize(shape):
 def test_two_byte_iteration_agrees_with_fp32(dtype, scale):
     """显卡上迭代用 2 字节的数：在 CPU 上照做一遍，方向与 fp32 一致，不溢出。"""
     source = inspect.getsource(a100_train.orthogonalize)
-    assert source.count("x.half() if x.is_cuda else x") == 1, "下面替换的就是 CPU 上用的那个类型"
+    on_gpu = "if x.is_cuda:\n        x = x.half()"
+    assert source.count(on_gpu) == 1, "下面替换的就是显卡上用的那个类型"
     space = {"torch": torch}
-    exec(source.replace("x.half() if x.is_cuda else x", f"x.to(torch.{dtype})"), space)
+    exec(source.replace(on_gpu, f"x = x.to(torch.{dtype})"), space)
     matrix = scale * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     ours, expected = space["orthogonalize"](matrix), a100_train.orthogonalize(matrix)
     assert torch.isfinite(ours).all()
@@ -417,46 +427,71 @@ def test_learning_rate_scale():
 
 def evaluation(work_dir, **changes):
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))
-    return argparse.Namespace(**(dict(work_dir=work_dir, block_size=16, batch_size=8) | meta | changes))
-
-
-def test_evaluation_does_not_depend_on_the_batch_size(work_dir):
-    """批量大小只影响速度；合计按 token 加权，不是各来源的简单平均。"""
-    model = tiny_model(vocab_size=VOCAB_SIZE)
-    results = [a100_train.held_out_loss(model, evaluation(work_dir, batch_size=size)) for size in (3, 16)]
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
-    sources = evaluation(work_dir).eval_sources
-    tokens = {name: place["end"] - place["start"] for name, place in sources.items()}
-    total = sum(results[0][f"eval_{name}_loss"] * n for name, n in tokens.items())
-    assert results[0]["eval_loss"] == pytest.approx(total / sum(tokens.values()), rel=1e-6)
+    return argparse.Namespace(**(dict(work_dir=work_dir, block_size=16) | meta | changes))
 
 
 class Spy:
-    """冒充模型：记下评估时的 (输入, 标签)，损失总是 1。"""
+    """冒充模型：记下评估时的输入；第 k 种 token 的损失总是 weights[k] 加一个常数，所以由损失看得出答案是谁。"""
 
     device = "cpu"
 
     def __init__(self):
-        self.seen = []
+        self.weights = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 5
+        self.rows = []
 
-    def __call__(self, input_ids, labels):
-        assert input_ids.shape == labels.shape and input_ids.shape[1] == 16
-        self.seen += [
-            (input_ids[row][labels[row] != -100], labels[row][labels[row] != -100])
-            for row in range(len(labels))
-        ]
-        return {"loss": torch.tensor(1.0)}
+    def __call__(self, input_ids):
+        assert input_ids.shape[1] == 16 and len(input_ids) <= 16
+        self.rows += input_ids.tolist()
+        return argparse.Namespace(logits=-self.weights.expand(*input_ids.shape, -1))
+
+    def loss_of(self, tokens):
+        """这些 token 的损失的平均。"""
+        constant = (-self.weights.double()).logsumexp(0)
+        return float(self.weights.double()[torch.from_numpy(tokens.astype(np.int64))].mean() + constant)
 
 
 def test_evaluation_predicts_every_token_once(work_dir):
-    """不计 -100，标签拼起来正好是 eval.bin，一个不多一个不少；输入是错开一位的同样的 token，每个来源从 </s> 开始。"""
+    """各来源首尾相接，每个 token（包括 </s>）恰好当一次答案；输入错开一位，最前面是 </s>，末尾补齐的不算。"""
     spy, s = Spy(), evaluation(work_dir)
     metrics = a100_train.held_out_loss(spy, s)
     tokens = np.fromfile(work_dir / "packed/eval.bin", dtype=np.uint16)
-    inputs, labels = (torch.cat(part).numpy() for part in zip(*spy.seen, strict=True))
-    assert np.array_equal(labels, tokens)
-    expected = np.concatenate([[3], tokens[:-1]])  # 每个来源前面都是 </s>：前一个来源的结尾也正是它
-    assert np.array_equal(inputs, expected)
+    inputs = np.array(spy.rows).flatten()
+    assert len(tokens) % 16, "末尾没有要补齐的，下面就什么也没有试"
+    assert np.array_equal(inputs[: len(tokens)], np.concatenate([[3], tokens[:-1]]))
+    assert len(inputs) - len(tokens) < 16 and set(inputs[len(tokens) :]) == {3}
+    assert set(s.eval_sources) == {"news", "reviews"}
+    for name, place in s.eval_sources.items():
+        part = tokens[place["start"] : place["end"]]
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(spy.loss_of(part), rel=1e-6), name
+    assert metrics["eval_loss"] == pytest.approx(spy.loss_of(tokens), rel=1e-6)
     characters = sum(place["characters"] for place in s.eval_sources.values())
-    assert metrics["eval_loss"] == pytest.approx(1.0)
-    assert metrics["eval_bits_per_char"] == pytest.approx(len(tokens) / math.log(2) / characters, rel=1e-5)
+    bits = spy.loss_of(tokens) * len(tokens) / math.log(2) / characters
+    assert metrics["eval_bits_per_char"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_evaluation_is_shared_out(work_dir, monkeypatch):
+    """两个进程各算一半的块，没有重的、没有漏的；加起来与一个进程的相同，每个进程得到的都是总数。"""
+    model, s = tiny_model(vocab_size=VOCAB_SIZE).eval(), evaluation(work_dir)
+    alone, spy = a100_train.held_out_loss(model, s), Spy()
+    a100_train.held_out_loss(spy, s)
+    monkeypatch.setattr(a100_train, "WORLD_SIZE", 2)
+    partial, rows = [], []
+
+    def sum_over_ranks(tensor, reduction="mean"):
+        assert reduction == "sum", "默认的是平均"
+        if len(partial) < 2:
+            partial.append(tensor)
+        return sum(partial)
+
+    monkeypatch.setattr(a100_train.accelerate.utils, "reduce", sum_over_ranks)
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(a100_train, "RANK", rank)
+        together = a100_train.held_out_loss(model, s)
+    assert together == pytest.approx(alone, rel=1e-6) and together.keys() == alone.keys()
+    for rank in (0, 1):
+        monkeypatch.setattr(a100_train, "RANK", rank)
+        half = Spy()
+        a100_train.held_out_loss(half, s)
+        rows.append(half.rows)
+    assert abs(len(rows[0]) - len(rows[1])) <= 16
+    assert sorted(rows[0] + rows[1]) == sorted(spy.rows)

@@ -20,6 +20,7 @@ CONFIG = {
     "steps_per_epoch": 40.0,
     "effective_batch_size": 32,
     "block_size": 64,
+    "logging_steps": 5,
 }
 
 
@@ -69,15 +70,18 @@ def test_folder_or_log(tmp_path, name):
     call(plot_loss, run / name, "--output", tmp_path / "new" / "curve.png")
     check_png(tmp_path / "new" / "curve.png")
     data = plot_loss.read_run(run / name)
-    assert [step for step, *_ in data["train"]] == list(range(5, 101, 5))
-    assert [step for step, *_ in data["eval"]] == [0, 25, 50, 75, 100]
+    assert data["train"][0].tolist() == list(range(5, 101, 5))
+    assert data["eval"][0].tolist() == [0, 25, 50, 75, 100]
+    assert data["factor"] == pytest.approx(1.3)
 
 
-def test_unfinished_line_and_nan_are_left_out(tmp_path):
+@pytest.mark.parametrize("half", [b"", b'{"step": 110, "loss": 5.', b'{"step": 110, "text": "\xe4\xb8', b"{"])
+def test_unfinished_line_and_nan_are_left_out(tmp_path, half):
+    """训练还在写：末行只有一半，连字也只有一半。"""
     run = make_run(tmp_path / "run")
-    with open(run / "train_log.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 105, "loss": NaN}\n{"step": 110, "loss": 5.')
-    assert plot_loss.read_run(run)["train"][-1][0] == 100
+    with open(run / "train_log.jsonl", "ab") as file:
+        file.write(b'{"step": 105, "loss": NaN}\n' + half)
+    assert plot_loss.read_run(run)["train"][0][-1] == 100
     call(plot_loss, run, "--output", tmp_path / "curve.png")
     check_png(tmp_path / "curve.png")
 
@@ -95,7 +99,6 @@ def test_three_lines_without_config(tmp_path):
         ('{"step": "一", "loss": 1}\n', "不是训练日志"),
         ("[1]\n", "不是训练日志"),
         ('{"step": 1, "loss": "高"}\n', "不是训练日志"),
-        ("[" * 100_000 + "\n", "不是训练日志"),
         ("", "还没有一个能画的"),
         ('{"step": 1, "loss": NaN}\n', "还没有一个能画的"),
     ],
@@ -105,6 +108,30 @@ def test_rubbish_keeps_the_old_picture(tmp_path, text, words):
     (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
     assert words in error_of(plot_loss, tmp_path / "log.jsonl", "--output", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes() == b"old"
+
+
+def test_only_the_first_evaluation_yet(tmp_path):
+    """训练刚开始：只有第 0 步的验证，还没有一行训练损失。"""
+    run = make_run(tmp_path / "run")
+    (run / "train_log.jsonl").write_text('{"step": 0, "eval_loss": 8.0}\n', encoding="utf-8")
+    call(plot_loss, run, "--output", tmp_path / "curve.png")
+    check_png(tmp_path / "curve.png")
+
+
+@pytest.mark.parametrize("config", ["", "{", "[1]", "{}", '{"vocab_size": 3000}', '{"vocab_size": null}'])
+def test_config_without_what_is_needed(tmp_path, config):
+    """config.json 里缺什么，就少画什么。"""
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_text(config, encoding="utf-8")
+    call(plot_loss, run, "--output", tmp_path / "curve.png")
+    check_png(tmp_path / "curve.png")
+
+
+def test_what_the_terminal_says(tmp_path, capsys):
+    call(plot_loss, make_run(tmp_path / "run"), "--output", tmp_path / "curve.png")
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["", "第 4 步，共 4 步：画损失曲线"] and len(said) == 4
+    assert said[3].startswith(f"写好 {tmp_path / 'curve.png'}")
 
 
 def test_nothing_and_a_folder_as_output(tmp_path):
@@ -151,6 +178,25 @@ def test_font_installed_after_matplotlib_looked(chinese_font, monkeypatch):
     assert plot_loss.use_chinese_font() == "zh"
 
 
+def test_fonts_in_closed_or_broken_files(tmp_path, chinese_font, monkeypatch):
+    """字体在关着的文件夹里（测试多半是 root，所以假装），或者坏了：看下一个，一个也没有就用英文。"""
+    listed = font_manager.fontManager.ttflist
+    closed = {font.fname for font in listed if plot_loss.re.search(plot_loss.FONTS, font.name)}
+    assert closed
+    real_access = plot_loss.os.access
+    monkeypatch.setattr(
+        plot_loss.os, "access", lambda path, mode: path not in closed and real_access(path, mode)
+    )
+    broken = tmp_path / "NotoSansCJK-broken.ttc"
+    broken.write_bytes(b"no font")
+    monkeypatch.setattr(
+        font_manager, "findSystemFonts", lambda: [str(broken), str(tmp_path / "closed/SimHei.ttf")]
+    )
+    assert plot_loss.use_chinese_font() == "en"
+    call(plot_loss, make_run(tmp_path / "run"), "--output", tmp_path / "curve.png")
+    check_png(tmp_path / "curve.png")
+
+
 # ==== 图里有什么 ====
 
 
@@ -159,9 +205,9 @@ def test_lines_hold_the_data(tmp_path):
     run = plot_loss.read_run(make_run(tmp_path / "run"))
     axes = plot_loss.draw([run], "en").axes[0]
     lines = axes.get_lines()
-    assert list(lines[0].get_ydata()) == [loss for _, loss, _ in run["train"]] and lines[0].get_alpha() < 0.5
+    assert list(lines[0].get_ydata()) == list(run["train"][1]) and lines[0].get_alpha() < 0.5
     points = next(line for line in lines if line.get_marker() == "o")
-    assert list(points.get_ydata()) == [loss for _, loss, _ in run["eval"]]
+    assert list(points.get_ydata()) == list(run["eval"][1])
     flat = [line.get_ydata()[0] for line in lines if list(line.get_xdata()) == [0, 1]]
     assert flat == pytest.approx([math.log(3000), 6.4])
     assert [line.get_xdata()[0] for line in lines if list(line.get_ydata()) == [0, 1]] == [40.0, 80.0]
@@ -178,8 +224,8 @@ def test_different_tokenizers_are_compared_in_bits(tmp_path):
     axes = plot_loss.draw(runs, "en").axes[0]
     assert axes.get_ylabel() == plot_loss.LABELS["en"]["bits"]
     points = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    for line, run in zip(points, runs, strict=True):
-        assert list(line.get_ydata()) == pytest.approx([bits for *_, bits in run["eval"]])
+    for line, run, factor in zip(points, runs, (1.3, 0.9), strict=True):
+        assert list(line.get_ydata()) == pytest.approx(list(run["eval"][1] * factor))
 
 
 def test_reference_band_only_for_the_same_settings(tmp_path, monkeypatch):
@@ -205,6 +251,24 @@ def test_smooth_does_not_lag():
     line = np.linspace(8, 5, 200)
     assert plot_loss.smooth(line) == pytest.approx(line)
     assert np.abs(plot_loss.smooth(np.arange(200) % 2)[50:150] - 0.5).max() < 0.1
+
+
+def test_smooth_window():
+    """中间的窗口正好是前后各四十分之一：一个尖峰摊成 2 × 10 + 1 个点。宽一倍、窄一半都不行。"""
+    spike = np.zeros(400)
+    spike[200] = 21
+    expected = np.zeros(400)
+    expected[190:211] = 1
+    assert plot_loss.smooth(spike) == pytest.approx(expected)
+
+
+def test_smooth_at_the_ends():
+    """开头前后至多各四分之一，末尾不超出：第一个和最后一个点原样，第 20 个点前后各 5 个。"""
+    falling = 8 / (1 + np.arange(400))
+    smoothed = plot_loss.smooth(falling)
+    assert smoothed[[0, -1]] == pytest.approx(falling[[0, -1]])
+    assert smoothed[20] == pytest.approx(falling[15:26].mean())
+    assert smoothed[-4] == pytest.approx(falling[-7:].mean())
 
 
 def test_both_languages_have_the_same_labels():

@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ import tiny_run
 import torch
 from conftest import ROOT, environment, error_of
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -63,17 +66,62 @@ def run(app, folder):
 
 def test_finds_what_a_run_left(app, run, folder):
     assert [note["step"] for note in run.snapshots] == list(tiny_run.STEPS)
-    assert run.log[-1]["eval_loss"] == 2.5
-    assert app.Run(str(folder)).folder == run.folder  # 工作目录也行
+    assert run.log()[-1]["eval_loss"] == 2.5
+    assert app.Run(str(folder)).folders == run.folders  # 工作目录也行
     assert run.model(1) is run.model(1) and run.model(1) is not run.model()
 
 
-def test_unfinished_run(app, folder, tmp_path):
-    for name in ("tokenizer", "snapshots"):
-        (tmp_path / name).symlink_to(folder / name)
-    unfinished = app.Run(str(tmp_path))
-    assert unfinished.folder.name == "step-200" and unfinished.log == []
-    assert app.curve(unfinished, 0, 3).startswith("<svg")
+def unfinished(folder, tmp_path, steps):
+    """还在训练的：没有 final_model/，只有这几步的快照；日志的最后一行写到一半。"""
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    for step in steps:
+        shutil.copytree(folder / f"snapshots/step-{step}", tmp_path / f"snapshots/step-{step}")
+    shutil.copy(folder / "config.json", tmp_path)
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        rows = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(rows[:-5])
+    return tmp_path
+
+
+@pytest.mark.parametrize("steps", [[0], [0, 10, 100]])
+def test_unfinished_run(app, folder, tmp_path, steps):
+    run = app.Run(str(unfinished(folder, tmp_path, steps)))
+    assert run.folders[-1].name == f"step-{steps[-1]}" and run.model() is run.model(len(steps) - 1)
+    last = run.log()[-1]
+    assert last["step"] == 200 and "loss" in last  # 半行的那次验证不算
+    assert app.curve(run, {"左": 0}).startswith("<svg")
+    assert app.build(run)  # 只有一份快照也打得开
+
+
+def test_half_written_character(app, tmp_path):
+    """写到一半的一行断在一个汉字的字节中间。"""
+    whole = '{"step": 1}\n{"text": "中'.encode()
+    (tmp_path / "samples.jsonl").write_bytes(whole[:-1])
+    assert app.read_rows(tmp_path / "samples.jsonl") == [{"step": 1}]
+
+
+def test_snapshot_being_written(app, folder, tmp_path):
+    """快照的说明还没写完：不算它。"""
+    run = unfinished(folder, tmp_path, [0, 10])
+    (run / "snapshots/step-10/snapshot.json").write_text('{"step": 10, "eva', "utf-8")
+    assert [note["step"] for note in app.Run(str(run)).snapshots] == [0]
+
+
+def test_closed_files(app, folder, tmp_path, monkeypatch):
+    """没有权限看的日志、权重：少一样东西，或一句话，没有 traceback。"""
+    run = app.Run(str(unfinished(folder, tmp_path, [0, 10])))
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(app, "load", refused)
+    with pytest.raises(app.gr.Error, match="读不出 .*step-10"):
+        run.model()
+    assert "step-10 里的权重" in error_of(app, "--model", tmp_path)
+    monkeypatch.setattr(app.Path, "read_text", refused)
+    monkeypatch.setattr(app.Path, "open", refused)
+    assert app.read_json(tmp_path / "config.json") == {} and app.read_rows(tmp_path / "samples.jsonl") == []
+    assert error_of(app, "--model", tmp_path / "nothing").startswith("错误：读不出模型")
 
 
 def test_hub_weights_are_fetched_when_used(app, folder, tmp_path, monkeypatch):
@@ -145,7 +193,7 @@ def test_odd_prompts(app, run):
 
 
 def test_curve_holds_numbers_only(app, run):
-    svg = app.curve(run, 1, 3)
+    svg = app.curve(run, {"左": 10, "右": 200})
     assert (
         svg.count("<polyline") == 1
         and "<circle" in svg
@@ -154,40 +202,200 @@ def test_curve_holds_numbers_only(app, run):
     )
 
 
+def only_logs(app, folder, log, config):
+    """只有日志和设置的工作目录。"""
+    tiny_run.write_json(folder / "config.json", config)
+    tiny_run.write_jsonl(folder / "train_log.jsonl", log)
+    run = app.Run(str(folder))
+    assert not run.folders
+    return run
+
+
+@pytest.mark.parametrize("log", [[], [{"step": 0, "eval_loss": 5.9}]])
+def test_curve_of_a_beginning(app, log, tmp_path):
+    """还没有日志，或只有训练前的那次验证。"""
+    run = only_logs(app, tmp_path, log, {})
+    assert not re.search(r"nan|inf|None", app.curve(run, {"左": 0, "右": 0}))
+    assert app.build(run)
+
+
+def test_references(app, run, tmp_path):
+    """ln V 和词频的两条线：高度与损失用同一把尺子；没有记下来的不画。"""
+    config = run.config()
+    expected = {"瞎猜：ln V": math.log(config["vocab_size"]), "只看词频": 5.1}
+    assert app.references(config) == expected and app.references({}) == {}
+    svg = app.curve(only_logs(app, tmp_path, [{"step": 0, "eval_loss": 5.1}], config), {})
+    height = re.search(r'<circle cx="40.0" cy="([\d.]+)"', svg)[1]
+    assert f"M40 {height} H460" in svg and "只看词频 5.10" in svg
+
+
+def test_progress(app, tmp_path):
+    """200 步用了 100 秒，还有 1,000 步：约剩 500 秒。"""
+    run = app.Run(str(tmp_path))
+    assert "还没有训练日志" in app.progress(run) and app.samples(run) == ""
+    tiny_run.write_json(tmp_path / "config.json", {"total_steps": 1200})
+    row = {"step": 200, "loss": 5.123, "tokens_per_second": 2900.4, "elapsed_seconds": 100.0}
+    tiny_run.write_jsonl(tmp_path / "train_log.jsonl", [row])
+    said = app.progress(run)
+    assert "第 **200** / 1,200 步，损失 **5.12**，每秒 2,900 个词块" in said
+    assert "用了 1.7 分钟，约剩 **8.3** 分钟" in said
+    tiny_run.write_jsonl(tmp_path / "train_log.jsonl", [row, {**row, "step": 1200}])
+    assert "第 **1,200** / 1,200 步" in app.progress(run) and "约剩 **0.0** 分钟" in app.progress(run)
+
+
+def test_samples(app, run):
+    """新的在前；尖括号是文本。"""
+    shown = app.samples(run)
+    assert shown.index("第 200 步") < shown.index("第 0 步") and "&lt;b&gt;一段&lt;/b&gt;" in shown
+
+
 def test_missing_model(app, tmp_path):
-    assert error_of(app, "--model", tmp_path).startswith("错误：读不出模型")
+    assert error_of(app, "--model", tmp_path / "nothing").startswith("错误：读不出模型")
+
+
+# ==== 里面 ====
+
+
+def test_attention_by_hand(app, run):
+    """第一层第一个头，照公式算一遍：LayerNorm、q 与 k 的内积除以 √d、只看前面、softmax。"""
+    model, ids = run.model(), run.tokenizer.encode("今天天气很好", add_special_tokens=False)
+    attentions, _ = app.look_inside(model, ids)
+    assert len(attentions) == 6 and attentions[0].shape == (1, 2, len(ids), len(ids))
+    for weights in attentions:
+        assert torch.allclose(weights.sum(-1), torch.ones(len(ids)), atol=1e-5)
+        assert weights.triu(1).abs().max() == 0  # 后面的一点也看不到
+    transformer = model.transformer
+    with torch.inference_mode():
+        x = transformer.wte(torch.tensor(ids)) + transformer.wpe(torch.arange(len(ids)))
+        q, k, _ = transformer.h[0].attn.c_attn(transformer.h[0].ln_1(x)).split(128, dim=-1)
+        scores = q[:, :64] @ k[:, :64].T / 64**0.5
+        mask = torch.ones(len(ids), len(ids)).triu(1).bool()
+        expected = scores.masked_fill(mask, -torch.inf).softmax(-1)
+    assert torch.allclose(attentions[0][0, 0], expected, atol=1e-5)
+
+
+def test_guesses_by_hand(app, run):
+    """最后一层之后的猜测就是模型自己的；第 0 层只有词向量和位置向量；中间的由模型截短来算。"""
+    model, ids = run.model(), run.tokenizer.encode("今天天气很好", add_special_tokens=False)
+    _, guesses = app.look_inside(model, ids)
+    assert guesses.shape == (7, len(run.tokenizer))
+    assert torch.allclose(guesses[-1], app.forward(model, ids).softmax(-1), atol=1e-5)
+    transformer = model.transformer
+    with torch.inference_mode():
+        x = transformer.wte(torch.tensor(ids[-1])) + transformer.wpe(torch.tensor(len(ids) - 1))
+        first = model.lm_head(transformer.ln_f(x)).softmax(-1)
+        layers, transformer.h = transformer.h, transformer.h[:3]  # 一个三层的模型
+        third = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        transformer.h = layers
+    assert torch.allclose(guesses[0], first, atol=1e-5) and torch.allclose(guesses[3], third, atol=1e-5)
+    table = app.guess_table(run, guesses)
+    best = run.tokenizer.convert_ids_to_tokens(guesses[-1].argmax().item())
+    assert table.count("<tr>") == 7 and app.html.escape(best) in table.split("<tr>")[-1]
+
+
+def test_heat_map(app):
+    picture = app.heat_map(["天", "<b>", "\n"], [[1, 0, 0], [0.25, 0.75, 0], [0.2, 0.3, 0.5]])
+    assert 'data-hint="从「&lt;b&gt;」看「天」：25.0%"' in picture and "<b>" not in picture
+    assert "从「⏎」看「⏎」：50.0%" in picture and picture.count("<td") == 9
+
+
+# ==== 代理 ====
+
+
+PROXIES = {
+    "http": {"http_proxy": "http://{}", "HTTPS_PROXY": "http://{}"},
+    "all": {"all_proxy": "http://{}"},
+    "socks5": {"ALL_PROXY": "socks5://{}"},
+    "socks": {"ALL_PROXY": "socks://{}/", "no_proxy": "example.com"},
+    "no scheme": {"HTTP_PROXY": "{}"},
+}
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_starts_with_a_proxy(folder, tmp_path, kind):
+    """设了哪种代理都打得开；模型在本机，一次也不去连代理。"""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def accept():
+            while True:
+                try:
+                    connections.append(proxy.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        address = "{}:{}".format(*proxy.getsockname())
+        variables = {name: value.format(address) for name, value in PROXIES[kind].items()}
+        log = tmp_path / "log.txt"
+        with serve(folder, log, {"HF_HUB_OFFLINE": "0", **variables}) as (url, _):
+            for _ in range(100):  # 打得开，还要过了自检：那时才印出地址
+                if url in log.read_text("utf-8"):
+                    break
+                time.sleep(0.1)
+        said = log.read_text("utf-8")
+        assert url in said and "Traceback" not in said and not connections, said
+        assert ("SOCKS" in said) == ("socks" in kind)
+
+
+def test_proxies_are_settled(app, monkeypatch):
+    """http 的代理留着，no_proxy 里原有的也留着；大写的 SOCKS 由小写的空值盖住。"""
+    import httpx
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        for spelled in (name, name.upper()):
+            monkeypatch.setenv(spelled, "")  # 测完还原
+            monkeypatch.delenv(spelled)
+    monkeypatch.setenv("HTTPS_PROXY", "http://10.0.0.1:7890")
+    monkeypatch.setenv("ALL_PROXY", "socks://10.0.0.1:7891")
+    monkeypatch.setenv("NO_PROXY", "example.com")
+    app.settle_proxies()
+    proxies = urllib.request.getproxies()
+    assert proxies["https"] == "http://10.0.0.1:7890" and "all" not in proxies
+    assert "example.com" in proxies["no"] and "127.0.0.1" in proxies["no"] and "localhost" in proxies["no"]
+    httpx.Client().close()
 
 
 # ==== 浏览器里的 ====
 
 
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    """(地址，进程)。模型不大，但写满 400 个词块要几秒，够看它怎样流出来、怎样停。"""
+@contextmanager
+def serve(model, log, variables):
+    """启动网页，给出 (地址，进程)；variables 是另加的环境变量，log 是它的输出。"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w", encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
-        env=environment() | {"GRADIO_SERVER_PORT": str(port)},
-        stdout=log,
-        stderr=log,
-    )
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "space" / "app.py", "--model", model],
+            env=environment() | {"GRADIO_SERVER_PORT": str(port)} | variables,
+            stdout=file,
+            stderr=file,
+        )
     url = f"http://127.0.0.1:{port}"
-    for _ in range(480):
-        try:
-            urllib.request.urlopen(url, timeout=5).read()
-            break
-        except OSError:
-            assert process.poll() is None, open(log.name, encoding="utf-8").read()
-            time.sleep(0.25)
-    yield url, psutil.Process(process.pid)
-    process.terminate()
-    process.wait(20)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        for _ in range(480):
+            try:
+                direct.open(url, timeout=5).read()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text("utf-8")
+                time.sleep(0.25)
+        yield url, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
-def open_browser(url, profile, width):
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """模型不大，但写满 400 个词块要几秒，够看它怎样流出来、怎样停。"""
+    with serve(folder / "final_model", tmp_path_factory.mktemp("server") / "log.txt", {}) as started:
+        yield started
+
+
+def open_browser(url, profile, width, ready="start"):
     chromium = shutil.which("chromium")
     if not chromium or not shutil.which("chromedriver"):
         missing = "没有 chromium 或 chromedriver：apt-get install -y chromium chromium-driver"
@@ -203,7 +411,7 @@ def open_browser(url, profile, width):
         options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     browser.get(url)
-    wait(browser, lambda: browser.find_elements(By.ID, "start"))
+    wait(browser, lambda: browser.find_elements(By.ID, ready))
     return browser
 
 
@@ -241,6 +449,43 @@ def fill(browser, name, text):
 
 def text_of(browser, name):
     return browser.find_element(By.ID, name).text
+
+
+def test_training_in_progress(folder, tmp_path):
+    """刚开始训练：还没有日志，没有模型。页面开着，训练往前走，不用刷新。"""
+    home = tmp_path / "在 训练"
+    home.mkdir()
+    shutil.copy(folder / "config.json", home)
+    config = json.loads((home / "config.json").read_text("utf-8"))
+    tiny_run.write_json(home / "config.json", {**config, "total_steps": 400})
+    log = (folder / "train_log.jsonl").read_text("utf-8").splitlines(keepends=True)
+    rows = (folder / "samples.jsonl").read_text("utf-8").splitlines(keepends=True)
+    attack = json.dumps({"step": 10, "prompt": "", "text": ATTACK, "eval_loss": 4.25}) + "\n"
+
+    with serve(home, tmp_path / "log.txt", {}) as (url, _):
+        browser = open_browser(url, tmp_path / "profile", 1280, "progress")
+        try:
+            wait(browser, lambda: "还没有训练日志" in text_of(browser, "progress"))
+            tabs = browser.find_elements(By.CSS_SELECTOR, "button[role=tab]")
+            assert [tab.text for tab in tabs] == ["训练中"]
+            assert "还没有模型" in browser.find_element(By.TAG_NAME, "body").text
+            (home / "train_log.jsonl").write_text("".join(log[:2]) + log[2][:20], "utf-8")
+            (home / "samples.jsonl").write_text(rows[0], "utf-8")
+            wait(browser, lambda: "第 10 / 400 步，损失 5.83" in text_of(browser, "progress"))
+            wait(browser, lambda: "第 0 步写的 <b>一段</b>| 话。" in text_of(browser, "samples"))
+            wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#training-curve circle"))
+            chart = text_of(browser, "training-curve")
+            assert "瞎猜：ln V" in chart and "只看词频 5.10" in chart
+            (home / "train_log.jsonl").write_text("".join(log[:12]), "utf-8")
+            (home / "samples.jsonl").write_text(rows[0] + attack, "utf-8")
+            wait(browser, lambda: "第 110 / 400 步，损失 4.17" in text_of(browser, "progress"))
+            wait(browser, lambda: "第 10 步，验证损失 4.25\n<script>" in text_of(browser, "samples"))
+            assert browser.execute_script("return window.hacked === undefined")
+            line = browser.find_element(By.CSS_SELECTOR, "#training-curve polyline").get_attribute("points")
+            assert len(line.split()) == 11
+        finally:
+            browser.quit()
+    assert "Traceback" not in (tmp_path / "log.txt").read_text("utf-8")
 
 
 def test_streams_and_stops(browser):
@@ -317,6 +562,36 @@ def test_next_token(browser):
     wait(browser, lambda: len(value(browser, "next-text")) > len("教育" + piece))
 
 
+def test_inside(browser):
+    """换层、换头、换快照，图都变；指着一格，看得到从谁到谁；太长的切掉，说一声。"""
+    go_to(browser, "里面")
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#inside table"))
+
+    def page():
+        return browser.find_element(By.ID, "inside").get_attribute("innerHTML")
+
+    fill(browser, "inside-text", "中国的历史，今天天气")
+    wait(browser, lambda: "看「中国」" in page())
+    assert page().count("data-hint") == 25 and page().count("层之后") == 7
+    cell = browser.find_elements(By.CSS_SELECTOR, "#inside td[data-hint]")[5]
+    ActionChains(browser).move_to_element(cell).perform()
+    script = "return getComputedStyle(arguments[0], '::after').content"
+    assert re.fullmatch(r'"从「的历史」看「中国」：[\d.]+%"', browser.execute_script(script, cell))
+    for name, index in (("层", 5), ("头", 1)):
+        before = page()
+        browser.find_elements(By.CSS_SELECTOR, f"#{name} input")[index].click()
+        wait(browser, lambda before=before: page() != before)
+    before = page()
+    browser.find_element(By.CSS_SELECTOR, "#stage input").click()
+    options = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "[role=option]"))
+    assert options[-1].text.endswith("训练好的模型") and len(options) == 5
+    options[0].click()
+    wait(browser, lambda: page() != before)
+    fill(browser, "inside-text", "天" * 40)
+    wait(browser, lambda: "有 40 个词块，太长了，只看前 32 个" in text_of(browser, "inside"))
+    assert page().count("data-hint") == 32 * 32
+
+
 @pytest.mark.parametrize(
     "tab, name, button",
     [
@@ -324,6 +599,7 @@ def test_next_token(browser):
         ("成长", "growth-prompt", "both"),
         ("分词", "pieces-text", None),
         ("下一个词", "next-text", None),
+        ("里面", "inside-text", None),
     ],
 )
 def test_html_stays_text(browser, tab, name, button):
@@ -361,11 +637,21 @@ def test_nothing_from_the_network(browser, server):
     assert not errors, errors
 
 
+PHONE = {
+    "生成": "start",
+    "成长": "both",
+    "训练中": "progress",
+    "分词": "pieces",
+    "下一个词": "draw",
+    "里面": "inside",
+}
+
+
 def test_phone(server, tmp_path):
     """390 像素宽：每个标签页都不用左右拖，按钮够得着。"""
     phone = open_browser(server[0], tmp_path / "phone", 390)
     try:
-        for tab, name in (("生成", "start"), ("成长", "both"), ("分词", "pieces"), ("下一个词", "draw")):
+        for tab, name in PHONE.items():
             go_to(phone, tab)
             wait(phone, lambda name=name: phone.find_element(By.ID, name).is_displayed())
             assert phone.execute_script("return document.documentElement.scrollWidth") <= 390, tab

@@ -297,6 +297,18 @@ def test_self_check_refuses_a_lossy_tokenizer(work_dir, tmp_path, fault):
         train_tokenizer.self_check(model, train_tokenizer.convert(model), work_dir / "corpus")
 
 
+def test_self_check_refuses_special_tokens_in_text(work_dir):
+    """文字里写着 </s>，快速分词器却当成了文档结束：原样解码看不出，自检要看得出。"""
+    model = (work_dir / "tokenizer/sentencepiece.model").read_bytes()
+    fast = train_tokenizer.convert(model)
+    fast.split_special_tokens = False
+    fast.backend_tokenizer.encode_special_tokens = False
+    assert fast.eos_token_id in fast("中</s>文")["input_ids"]
+    assert fast.decode(fast("中</s>文")["input_ids"]) == "中</s>文"
+    with pytest.raises(SystemExit, match="自检不通过"):
+        train_tokenizer.self_check(model, fast, work_dir / "corpus")
+
+
 def test_failing_self_check_leaves_the_old_tokenizer(copied, monkeypatch):
     """解码时把逗号变成半角：报错，旧的一个字节不动，不留半成品。"""
     original = train_tokenizer.convert
@@ -304,7 +316,7 @@ def test_failing_self_check_leaves_the_old_tokenizer(copied, monkeypatch):
     def lossy(model):
         fast = original(model)
         decode = fast.batch_decode
-        fast.batch_decode = lambda ids: [text.replace("，", ",") for text in decode(ids)]
+        fast.batch_decode = lambda *args, **rest: [text.replace("，", ",") for text in decode(*args, **rest)]
         return fast
 
     monkeypatch.setattr(train_tokenizer, "convert", lossy)
@@ -327,10 +339,16 @@ def test_reuse_rebuild_and_refuse(copied, capsys):
     arguments = ("--corpus_dir", copied / "corpus", "--output_dir", folder)
     before = read_folder(folder)
     call(train_tokenizer, *arguments, "--vocab_size", VOCAB_SIZE)
-    assert "沿用" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "第 2 步，共 4 步：训练分词器" in said and "沿用" in said
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert report["key"] == f"{report['corpus_hash']} {VOCAB_SIZE} 0.9999 200000", "旧版本做好的也要能沿用"
     assert "设置变了" in error_of(train_tokenizer, *arguments, "--vocab_size", 700, "--no-rebuild")
     assert read_folder(folder) == before
     call(train_tokenizer, *arguments, "--vocab_size", 600)
+    said = ["", *capsys.readouterr().out.splitlines()[-4:]]
+    assert said[1] == "第 2 步，共 4 步：训练分词器" and said[2].startswith("从语料里学出 600 个词块")
+    assert said[3].startswith("例：") and said[4].startswith(f"写好 {folder}：验证集 ")
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["vocab_size"] == 600
     small = read_folder(folder)
     (folder / "sentencepiece.model").write_bytes(
