@@ -115,10 +115,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-START = time.time()
+
 # torchrun 启动几个进程，每个进程从这两个环境变量知道自己是几号、一共几个；单独运行就是 0 号，一共 1 个
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+START = time.time()
 PAD, BOS, EOS = 0, 2, 3  # 三个特殊 token 的编号：补齐、开头、一篇的结束（</s>）
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 # 续写时怎样抽下一个 token：温度 0.8 让分数高的更占优；top-p 只在概率最大、合计 95 % 的 token 里抽
@@ -143,26 +144,12 @@ LEARNING_RATE = {
     "muon": {"full": 3e-3, "demo": 1.6e-2},
     "adamw": {"full": 3e-4, "demo": 3e-3},
 }
-
-
 WARMUP = 0.05  # 预热占全程的几分之几
 WEIGHT_DECAY = 0.1  # 每步把矩阵缩小 学习率 × 0.1，免得权重越长越大
 BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
 # 改了其中一样，就是另一次训练，不能接着旧的检查点
 RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
 RECIPE += ["max_steps", "optim", "learning_rate", "muon_learning_rate", "seed"]
-# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H20": 148,
-    "4090": 165,
-    "3090": 71,
-    "T4": 65,
-    "V100": 125,
-}
 
 
 def choose(option, asked, possible):
@@ -213,6 +200,20 @@ def choose_machine(s):
         "2.10."
     )  # 2.10 在别人的 A100 上出过 NaN
     s.compile = choose("compile", s.asked_compile, [possible and trusted, False, possible])
+
+
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "4090": 165,
+    "3090": 71,
+    "T4": 65,
+    "V100": 125,
+}
 
 
 def fail(message):
@@ -385,7 +386,6 @@ restore(s)
 # 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
 
-
 SEED = 42
 SHORTEST = 4  # 少于 4 个字的文档不要
 LETTERS = 0.3  # 开头的 300 个字符里，字和字母不到三成的文档不要
@@ -399,63 +399,6 @@ PLACES = {  # 从哪里下载，依次试
     "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
     "mirror": "https://hf-mirror.com",
     "modelscope": "https://modelscope.cn",
-}
-
-
-# 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
-TAG = (
-    r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|"
-    r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
-    r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>"
-)
-# 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
-BOILERPLATE = (
-    r"(?m)([\n。！？!?…）)”])[ \t\u3000]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
-    r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
-    r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
-    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
-    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$"
-)
-INVISIBLE = (
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
-    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
-)
-
-
-def unescape(match):
-    return html.unescape(match[0]).replace("\xa0", " ")
-
-
-RULES = [  # (步骤, 找什么, 换成什么)，从上到下依次做
-    ("replaced_u2581", "\u2581", " "),
-    ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
-    ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
-    ("html", TAG, ""),
-    ("html", r"(?a)&#?\w{1,31};", unescape),
-    ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
-    ("invisible", INVISIBLE, ""),
-    ("invisible", "\u200d(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\u200d)", ""),  # 不拆表情
-    ("boilerplate", r"\[(?:视频|图片|动图)\]", ""),
-    ("boilerplate", BOILERPLATE, r"\1"),
-    ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
-]
-
-
-# --poems 只要这样的诗：全是汉字和平常的标点。校注用各种括号、数字、字母，缺的字写成 □
-POEM = r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff，。！？；：、·“”‘’…—\s]+"
-CHANGES = {
-    "html": "HTML 标签和实体",
-    "invisible": "零宽、控制字符",
-    "boilerplate": "网页套话",
-    "blank_lines": "连续空行",
-    "replaced_u2581": "▁ 换成空格",
-    "empty": "空的文档",
-    "short": "太短的文档",
-    "not_text": "大半不是文字的文档",
-    "not_a_poem": "有注释、缺字的诗",
-    "unreadable": "读不懂的行",
-    "bad_bytes": "解不开的字节",
-    "left_out": "没有读的文件",
 }
 
 
@@ -495,6 +438,61 @@ def demo_documents():
             if source == "news":
                 line = "".join(word.rpartition("/")[0] for word in line.split())
             yield source, line
+
+
+# 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
+TAG = (
+    r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|"
+    r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
+    r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>"
+)
+# 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
+BOILERPLATE = (
+    r"(?m)([\n。！？!?…）)”])[ \t\u3000]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
+    r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
+    r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
+    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
+    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$"
+)
+INVISIBLE = (
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
+    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
+)
+
+
+def unescape(match):
+    return html.unescape(match[0]).replace("\xa0", " ")
+
+
+RULES = [  # (步骤, 找什么, 换成什么)，从上到下依次做
+    ("replaced_u2581", "\u2581", " "),
+    ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
+    ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
+    ("html", TAG, ""),
+    ("html", r"(?a)&#?\w{1,31};", unescape),
+    ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
+    ("invisible", INVISIBLE, ""),
+    ("invisible", "\u200d(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\u200d)", ""),  # 不拆表情
+    ("boilerplate", r"\[(?:视频|图片|动图)\]", ""),
+    ("boilerplate", BOILERPLATE, r"\1"),
+    ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
+]
+# --poems 只要这样的诗：全是汉字和平常的标点。校注用各种括号、数字、字母，缺的字写成 □
+POEM = r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff，。！？；：、·“”‘’…—\s]+"
+CHANGES = {
+    "html": "HTML 标签和实体",
+    "invisible": "零宽、控制字符",
+    "boilerplate": "网页套话",
+    "blank_lines": "连续空行",
+    "replaced_u2581": "▁ 换成空格",
+    "empty": "空的文档",
+    "short": "太短的文档",
+    "not_text": "大半不是文字的文档",
+    "not_a_poem": "有注释、缺字的诗",
+    "unreadable": "读不懂的行",
+    "bad_bytes": "解不开的字节",
+    "left_out": "没有读的文件",
+}
 
 
 def clean(text, poems=False):
@@ -650,8 +648,6 @@ prepare_corpus(s)
 # ## 6. 分词器：把文字切成词块（token）
 # 什么字符都不改，编码再解码一字不差；自检不过就停下。
 # %%
-
-
 # 编号 0–3：补齐、不认识、开头、文档结束；4–259 是 256 种字节；从 260 开始才是字和词
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # 词块里把空格写作 ▁

@@ -115,10 +115,29 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-START = time.time()
-from a100_train import RANK, WORLD_SIZE, PAD, BOS, EOS, PROMPTS, SAMPLING, PRESETS, VOCAB_SIZE, LEARNING_RATE
-from a100_train import WARMUP, WEIGHT_DECAY, BETAS, RECIPE, PEAK_TFLOPS
-from a100_train import fail, choose, flash_attn_imports, compiler_is_complete, choose_machine
+from a100_train import (
+    RANK,
+    WORLD_SIZE,
+    START,
+    PAD,
+    BOS,
+    EOS,
+    PROMPTS,
+    SAMPLING,
+    PRESETS,
+    VOCAB_SIZE,
+    LEARNING_RATE,
+    WARMUP,
+    WEIGHT_DECAY,
+    BETAS,
+    RECIPE,
+    PEAK_TFLOPS,
+    fail,
+    choose,
+    flash_attn_imports,
+    compiler_is_complete,
+    choose_machine,
+)
 
 # %%
 s = argparse.Namespace(
@@ -220,9 +239,21 @@ restore(s)
 # ## 5. 语料：下载、清洗、去重，留出验证集
 # 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
-from prepare_corpus import SEED, SHORTEST, LETTERS, EVAL_MAXIMUM, EXAMPLES, DATASETS, PLACES
-from prepare_corpus import TAG, BOILERPLATE, INVISIBLE, unescape, RULES, POEM, CHANGES
 from prepare_corpus import (
+    SEED,
+    SHORTEST,
+    LETTERS,
+    EVAL_MAXIMUM,
+    EXAMPLES,
+    DATASETS,
+    PLACES,
+    TAG,
+    BOILERPLATE,
+    INVISIBLE,
+    RULES,
+    POEM,
+    CHANGES,
+    unescape,
     download,
     demo_documents,
     clean,
