@@ -98,15 +98,22 @@ def add_settings(parser):
     switch = argparse.BooleanOptionalAction  # --compile 打开，--no-compile 关上
 
     add = parser.add_argument_group("数据").add_argument
-    add("--preset", choices=list(PRESETS), default="full", help="预设：full 完整训练（默认），demo 演示")
+    add(
+        "--preset",
+        type=str,
+        choices=list(PRESETS),
+        default="full",
+        help="预设：full 完整训练（默认），demo 演示",
+    )
     add("--work_dir", type=Path, default=HOME, help="输出到哪里（%(default)s）")
     add(
         "--corpus",
+        type=str,
         nargs="+",
         action="extend",
         help="wiki zhihu demo 或 [名字=]路径（用已有的，没有就用预设的）",
     )
-    add("--text_column", nargs="+", help="自己的语料里，文本所在的列")
+    add("--text_column", type=str, nargs="+", help="自己的语料里，文本所在的列")
     add("--simplify", action=switch, help="繁体先转成简体（要 opencc 包）")
     add(
         "--vocab_size",
@@ -139,11 +146,12 @@ def add_settings(parser):
     add("--seed", type=int, default=42, help="随机种子（%(default)s）")
 
     add = parser.add_argument_group("速度；不写，就看这台机器").add_argument
-    add("--device", dest="asked_device", help="cuda、cpu、mps（未测）")
-    add("--precision", dest="asked_precision", help="矩阵乘用的数：bf16、fp16、fp32")
-    add("--attn", dest="asked_attn", help="注意力的算法：flash_attention_2、sdpa、eager")
+    add("--device", type=str, dest="asked_device", help="cuda、cpu、mps（未测）")
+    add("--precision", type=str, dest="asked_precision", help="矩阵乘用的数：bf16、fp16、fp32")
+    add("--attn", type=str, dest="asked_attn", help="注意力的算法：flash_attention_2、sdpa、eager")
     add(
         "--optim",
+        type=str,
         dest="asked_optim",
         help="优化器：muon（默认）、adamw_torch_fused、adamw_torch、adamw_bnb_8bit",
     )
@@ -155,12 +163,21 @@ def add_settings(parser):
     add("--logging_steps", type=int, default=10, help="几步记一行日志（%(default)s）")
     add("--eval_steps", type=int, default=500, help="几步验证、存检查点一次（%(default)s）")
     add("--snapshots", action=switch, default=True, help="途中留几份模型（默认留）")
-    add("--report_to", dest="asked_report_to", help="另外记到 tensorboard、swanlab、trackio 或 wandb")
+    add(
+        "--report_to",
+        type=str,
+        dest="asked_report_to",
+        help="另外记到 tensorboard、swanlab、trackio 或 wandb",
+    )
 
 
 def read_settings():
     """命令行 -> s：s.n_layer 是层数，等等。"""
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage="python a100_train.py [--设置 值 ……]")
+    parser = argparse.ArgumentParser(
+        usage="python a100_train.py [--设置 值 ……]",
+        allow_abbrev=False,
+        formatter_class=argparse.MetavarTypeHelpFormatter,
+    )
     add_settings(parser)
     parser.epilog = f"--preset demo 时的默认值：{PRESETS['demo']}"
     preset = parser.parse_known_args()[0].preset
@@ -168,9 +185,13 @@ def read_settings():
     s = parser.parse_args()
     for name in vars(s):
         value = getattr(s, name)
-        smallest = 0 if name in ("max_steps", "seed") else 1e-9
-        if type(value) in (int, float) and not smallest <= value < 2**32:
-            fail(f"--{name.removeprefix('asked_')} 是 {value}；要 {smallest:g} 或更大的数")
+        if type(value) not in (int, float):
+            continue
+        zero_is_fine = name in ("max_steps", "seed")
+        if not 0 <= value < 2**32 or (value == 0 and not zero_is_fine):
+            fail(
+                f"--{name.removeprefix('asked_')} 是 {value}；要大于 0 的数，--max_steps 和 --seed 也可以是 0"
+            )
     if s.n_embd % s.n_head:
         fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍")
     if s.effective_batch_size % ((s.asked_batch_size or 1) * WORLD_SIZE):
@@ -184,7 +205,9 @@ def choose(option, asked, possible):
     if asked in (None, "auto"):
         return possible[0]
     if asked not in possible:
-        fail(f"--{option} {asked} 在这里办不到，缺显卡、软件包或编译器；可以是 {possible}")
+        fail(
+            f"--{option} {asked} 在这里办不到，缺显卡、软件包或编译器；可以是 {list(dict.fromkeys(possible))}"
+        )
     return asked
 
 
