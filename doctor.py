@@ -127,6 +127,8 @@ def torch_has_code_for(capability, architectures):
 
     architectures 是 torch.cuda.get_arch_list()，例如 ["sm_80", "sm_90", "compute_120"]。
     """
+    if torch.version.hip:  # AMD 的显卡：编号的规则不同，这里不查
+        return True
     for architecture in architectures:
         kind, number = architecture.split("_")
         number = int(number.rstrip("af"))  # sm_90a、sm_120f 也按 90、120 算

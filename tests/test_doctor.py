@@ -233,7 +233,7 @@ def test_cards(monkeypatch, name, capability, architectures, words):
         assert level == doctor.OK
 
 
-def test_architectures_as_torch_sees_them():
+def test_architectures_as_torch_sees_them(monkeypatch):
     """哪些卡能跑哪些代码，与 torch 自己的表一样（Jetson 一类的板子除外：7.2、8.7、10.1 不与同代的显卡通用）。"""
     if not hasattr(torch.cuda, "_code_compatible_with_device"):
         pytest.skip("这个版本的 torch 没有这张表")
@@ -259,6 +259,8 @@ def test_architectures_as_torch_sees_them():
     assert doctor.torch_has_code_for((13, 0), ["sm_90a", "compute_120"])  # 中间代码，更新的卡也行
     assert not doctor.torch_has_code_for((9, 0), ["sm_100", "compute_120"])
     assert not doctor.torch_has_code_for((8, 0), [])
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert doctor.torch_has_code_for((9, 0), ["gfx90a"])
 
 
 @pytest.mark.parametrize("missing", ["nothing", "g++", "triton", "Python.h"])
