@@ -350,7 +350,7 @@ def pack(s):
         "train_tokens": int(counts.sum()),
         "eval_sources": sources,
         "unigram_entropy": float(-share @ np.log(share)),
-        "files": {path.name: path.stat().st_size for path in packed.glob("*.bin")},
+        "files": {path.name: path.stat().st_size for path in sorted(packed.glob("*.bin"))},
     }
     write_json(packed / "meta.json", meta)
 
@@ -413,6 +413,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
     原版同时返回 logits，fp32 的一份就是 48 × 1,024 × 32,000 × 4 字节 = 6.3 GB 显存。
     """
 
+    _keys_to_ignore_on_save = ["lm_head.weight"]  # 与词向量是同一个矩阵，检查点里只存一份；读的时候不要提醒
     accepts_loss_kwargs = False  # 告诉 Trainer：损失已经是平均值。每块一样长，几个微批量再平均就是总的平均
 
     def forward(self, input_ids=None, labels=None, **kwargs):
@@ -784,9 +785,10 @@ def train(s, checkpoint):
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except torch.OutOfMemoryError:
-        sys.exit(
-            f"错误：显存放不下微批量 {s.batch_size}；同一条命令加 --batch_size {s.batch_size // 2 or 1}，结果不变"
-        )
+        smaller = "--gradient_checkpointing"
+        if s.batch_size > 1:
+            smaller = f"--batch_size {s.batch_size // 2}"
+        sys.exit(f"错误：显存放不下微批量 {s.batch_size}；同一条命令加 {smaller}，结果不变")
     if RANK:
         os._exit(0)  # gloo（CPU 上的进程间通信）有时会卡住解释器的收尾
     step = trainer.state.global_step
@@ -866,6 +868,10 @@ def prepare_process(s, checkpoint):
         write_json(s.work_dir / "config.json", vars(s))
         for old in ("checkpoints", "snapshots"):
             shutil.rmtree(s.work_dir / old, ignore_errors=True)
+    if s.report_to == "swanlab" and RANK == 0:
+        import swanlab
+
+        swanlab.init(project="gpt2-chinese")  # transformers 的回调以为已经有了一次记录，没有就崩溃
     if s.device == "cpu" and sys.platform == "linux":
         # 用过的内存不还给系统：再要时，系统要逐页清零，慢两成
         libc = ctypes.CDLL(None)
@@ -917,7 +923,7 @@ def is_complete(checkpoint):
         broken = [path for path in checkpoint.glob("*.pt*") if zipfile.ZipFile(path).testzip()]
     except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
         return False
-    return not broken and (checkpoint / "optimizer.pt").exists()
+    return not broken and (checkpoint / "optimizer.pt").exists() and (checkpoint / "scheduler.pt").exists()
 
 
 def write_text(path, text):
@@ -949,6 +955,7 @@ def save_snapshot(model, s, state):
     """第 0、100、200、500、1,000、2,000……步和最后一步，留一份半精度的权重，和最近的验证结果。"""
     if RANK or not s.snapshots:
         return
+    check_disk(s, 2)
     step = state.global_step
     folder = s.work_dir / "snapshots" / f"step-{step}"
     model.save_pretrained(folder, state_dict={name: p.bfloat16() for name, p in model.named_parameters()})
