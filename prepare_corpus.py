@@ -55,13 +55,9 @@ BLANK = "\ufeff \t\n"  # 空白；几个文件接成的，中间也有 BOM（\uf
 
 # ==== 1. 文本从哪里来 ====
 
-DATASETS = {  # 名字: (Hub 上的, ModelScope 上的, 已知的行数)
-    "wiki": (
-        "pleisto/wikipedia-cn-20230720-filtered",
-        "AI-ModelScope/wikipedia-cn-20230720-filtered",
-        254_547,
-    ),
-    "zhihu": ("wangrui6/Zhihu-KOL", "OmniData/Zhihu-KOL", 1_006_218),
+DATASETS = {  # 名字: (Hub 上的, ModelScope 上的)；维基 254,547 行，知乎 1,006,218 行
+    "wiki": ("pleisto/wikipedia-cn-20230720-filtered", "AI-ModelScope/wikipedia-cn-20230720-filtered"),
+    "zhihu": ("wangrui6/Zhihu-KOL", "OmniData/Zhihu-KOL"),
 }
 PLACES = {  # 从哪里下载，依次试
     "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
@@ -116,8 +112,7 @@ def find_sources(specs):
 
 def download(name, source):
     """下载内置数据集，返回它的文件夹；断了重跑会接着下。source 是 auto，就依次试三个地方。"""
-    hub, modelscope, _ = DATASETS[name]
-    wanted = {"allow_patterns": [f"*{kind}" for kind in KINDS], "ignore_patterns": ["*info*"]}
+    hub, modelscope = DATASETS[name]
     places = list(PLACES) if source == "auto" else [source]
     while places:
         place = places.pop(0)
@@ -126,13 +121,13 @@ def download(name, source):
             if place == "modelscope":
                 from modelscope_hub import HubApi
 
-                return str(HubApi().download_repo(modelscope, "dataset", **wanted))
+                return str(HubApi().download_repo(modelscope, "dataset"))
             return huggingface_hub.snapshot_download(
-                hub, repo_type="dataset", token=False, endpoint=PLACES[place], **wanted
+                hub, repo_type="dataset", token=False, endpoint=PLACES[place]
             )
         except Exception as error:  # 两家客户端的异常没有共同的祖先
-            what_next = f"接着试 {PLACES[places[0]]}" if places else "没有别的地方可试了"
             reason = " ".join(str(error).split())[:120]
+            what_next = f"接着试 {PLACES[places[0]]}" if places else "没有别的地方可试了"
             print(f"没有成功（{type(error).__name__}：{reason}）；{what_next}")
     sys.exit(
         f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后，"
@@ -156,55 +151,51 @@ def demo_documents():
 def read_sources(sources, args):
     """逐篇给出 (来源, 文字, 怪事)，见 read_file()。"""
     for name, files in sources.items():
-        shapes = [args.text_column] if files and args.text_column else SHAPES
-        if name in DATASETS:
-            files = files or find_files(download(name, args.source))
+        shapes = SHAPES
+        if args.text_column and files:
+            shapes = [args.text_column]
         if name == "demo" and not files:
             for part, text in demo_documents():
                 yield part, text, []
-        for path in files:
-            try:
-                for text, oddities in read_file(path, shapes):
-                    yield name, text, oddities
-            except (ValueError, RecursionError, EOFError, lzma.LZMAError, csv.Error, OSError) as error:
-                line = f"第 {error.lineno} 行不是 JSON，" if hasattr(error, "lineno") else ""
-                sys.exit(f"错误：{path} 读不了：{line}{' '.join(str(error).split())}")
+            continue
+        for path in files or find_files(download(name, args.source)):
+            for text, oddities in read_file(path, shapes):
+                yield name, text, oddities
 
 
 # ==== 2. 读文件：文件 → 行 → 文字 ====
 
 # 一行里有哪几列，就按什么次序连成一篇。从上到下，各列都有的第一种算数；要认一种新的，就加一行
-SHAPES = [
-    ["text"],
-    ["completion"],  # wiki
-    ["INSTRUCTION", "RESPONSE"],  # zhihu
-    ["instruction", "input", "output"],
-    ["instruction", "output"],
-    ["conversations"],  # 一轮一轮的对话
-    ["messages"],
-    ["question", "answer"],
-    ["title", "desc", "answer"],  # 百科问答
-    ["title", "content"],  # 新闻
-    ["title", "paragraphs"],  # chinese-poetry 的诗：题目，一句一句
-    ["rhythmic", "paragraphs"],  # 它的词：词牌，一句一句
-    ["content"],
-    ["text1"],  # ModelScope 的 chinese-poetry-collection
-]
+SHAPE_LINES = """
+text
+completion
+INSTRUCTION RESPONSE
+instruction input output
+instruction output
+conversations
+messages
+question answer
+title desc answer
+title content
+title paragraphs
+rhythmic paragraphs
+content
+text1
+"""
+SHAPES = [line.split() for line in SHAPE_LINES.strip().split("\n")]
 
 
 def find_encoding(head):
     """由开头的字节认出编码，坏了几个字节的也认得。认不出，抛 ValueError。"""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # BOM：文件开头的记号
         return "utf-16"
-    texts = {}
-    common = {}  # 解出来的字里，常用字（GB2312 里有的）占几成：对的编码是 0.99，Big5 当成 GB18030 是 0.3
-    for codec in ("utf-8-sig", "gb18030", "utf-16-le", "utf-16-be", "big5hkscs"):
-        text = head.decode(codec, "replace").replace("\0", "\ufffd")
-        texts[codec] = text
-        common[codec] = len(text.encode("gb2312", "ignore").decode("gb2312")) / max(1, len(text))
-    utf8 = texts["utf-8-sig"]
+    utf8 = head.decode("utf-8", "replace").replace("\0", "\ufffd")
     if utf8.count("\ufffd") * 10 <= len(utf8) - len(utf8.encode("ascii", "ignore")):
         return "utf-8-sig"
+    common = {}  # 解出来的字里，常用字（GB2312 里有的）占几成：对的编码是 0.99，Big5 当成 GB18030 是 0.3
+    for codec in ("gb18030", "utf-16-le", "utf-16-be", "big5hkscs"):
+        text = head.decode(codec, "replace").replace("\0", "\ufffd")
+        common[codec] = len(text.encode("gb2312", "ignore").decode("gb2312")) / len(text)
     best = max(common, key=common.get)
     if common[best] < 0.4:
         raise ValueError("认不出编码，不像 UTF-8、UTF-16 或 GB18030 的中文；先转成 UTF-8")
@@ -228,15 +219,12 @@ def open_text(path):
 
 def read_json(file):
     """一行一个对象的（JSON Lines）逐行读；一个大数组，或分成几行写的一个对象，整个读进来。"""
-    first = file.readline()
-    lines = itertools.chain([first], file)
-    beginning = first.strip(BLANK)
-    if beginning.startswith("[") or beginning == "{":
-        for part in re.split("\ufeff(?=\\[)", "".join(lines)):  # 几个文件接成的
-            value = json.loads(part.strip(BLANK) or "[]")
-            yield from value if isinstance(value, list) else [value]
+    first = file.readline().strip(BLANK)
+    if first.startswith("[") or first == "{":
+        value = json.loads(first + "\n" + file.read())
+        yield from value if isinstance(value, list) else [value]
         return
-    for line in lines:
+    for line in itertools.chain([first], file):
         line = line.strip(BLANK)
         try:
             yield json.loads(line) if line else None
@@ -245,20 +233,24 @@ def read_json(file):
 
 
 def read_csv(file):
-    """逐行给出字典。开了没有关的引号会吞掉后面所有的行，所以末尾另加一行记号：它不是单独一行，就是被吞了。"""
+    """逐行给出字典。开了没有关的引号会吞掉后面所有的行，所以末尾另加一行记号：读不到它，就是被吞了。"""
     csv.field_size_limit(1 << 24)
+    escape = None
+    if b'\\"' in file.buffer.peek():  # MySQL 写的：引号里的引号前面加反斜杠
+        escape = "\\"
     first = file.readline()
-    delimiter = "\t" if "\t" in first else ","
-    lines = itertools.chain([first], file, [END])
-    reader = csv.reader((line.lstrip("\ufeff") for line in lines), delimiter=delimiter)
-    header = next(reader)
-    yield None  # 列名占一行
-    start = reader.line_num + 1
-    for values in reader:
-        if values and values[-1].endswith(END) and values != [END]:
-            raise ValueError(f"第 {start} 行有一个引号开了没有关，后面的行都被它吞掉了；补上引号")
-        yield dict(zip(header, values, strict=False)) if values and values != [END] else None
-        start = reader.line_num + 1
+    lines = (line.lstrip("\ufeff") for line in itertools.chain([first], file, [END]))
+    reader = csv.DictReader(lines, delimiter="\t" if "\t" in first else ",", escapechar=escape)
+    start = 0
+    end = 1
+    for row in reader:
+        if END in row.values():
+            return
+        start = end + 1
+        end = reader.line_num
+        yield row
+    if first:
+        raise ValueError(f"第 {start} 行有一个引号开了没有关，后面的行都被它吞掉了；补上引号")
 
 
 def read_txt(file):
@@ -278,12 +270,13 @@ READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".tsv": re
 def read_parquet(path, shapes):
     """只读要用的列：别的列里可能有转换不了的日期。"""
     file = pq.ParquetFile(path, pre_buffer=False)
-    columns = choose_shape(file.schema_arrow.names, shapes)
+    names = file.schema_arrow.names
+    columns = choose_shape(names, shapes)
     if not columns:
-        yield dict.fromkeys(file.schema_arrow.names)  # 让 text_of 说出有哪些列
-        return
-    for batch in file.iter_batches(500, columns=columns):
-        yield from batch.to_pylist()
+        yield dict.fromkeys(names)  # 让 text_of 说出有哪些列
+    else:
+        for batch in file.iter_batches(500, columns=columns):
+            yield from batch.to_pylist()
 
 
 def read_rows(path, shapes):
@@ -308,59 +301,73 @@ def choose_shape(names, shapes):
     return []
 
 
+def cell_text(cell):
+    """一格里的文字：字符串，几行字，或一轮一轮的对话；别的抛 ValueError。"""
+    texts = []
+    for part in cell if isinstance(cell, list) else [cell]:
+        if isinstance(part, dict):
+            part = part.get("content", part.get("value", part))
+        if isinstance(part, bytes):
+            part = part.decode("utf-8")
+        if not isinstance(part, (str, type(None))):
+            raise ValueError(f"不是文字：{str(cell)[:60]}")
+        texts.append(part or "")
+    return "\n".join(texts)
+
+
 def text_of(row, shapes):
-    """一行里的文字。一格里可以是字符串，几行字，或一轮一轮的对话；别的都读不懂，抛 ValueError。"""
+    """一行里的文字；读不懂，抛 ValueError。"""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
         raise ValueError(str(row)[:100])
-    names = choose_shape(row, shapes)
-    if not names:
+    shape = choose_shape(row, shapes)
+    if not shape:
         raise ValueError(
             f"没有文本列 {' '.join(shapes[0])}；有的是 {str(list(row))[:200]}；用 --text_column 指明"
         )
-    texts = []
-    for name in names:
-        cell = row[name]
-        for part in cell if isinstance(cell, list) else [cell]:
-            if isinstance(part, dict):
-                part = part.get("content", part.get("value", part))
-            if isinstance(part, bytes):
-                part = part.decode("utf-8")
-            if not isinstance(part, (str, type(None))):
-                raise ValueError(f"{name} 里不是文字：{str(cell)[:60]}")
-            texts.append(part)
-    return "\n".join(filter(None, texts))
+    return "\n".join(filter(None, [cell_text(row[name]) for name in shape]))
+
+
+def numbered_rows(path, shapes):
+    """逐行给出 (在哪里, 内容)。文件坏了就停下，说清在哪里。"""
+    try:
+        for number, row in enumerate(read_rows(path, shapes), 1):
+            if row is not None:
+                yield f"{path} 第 {number} 行", row
+    except json.JSONDecodeError as error:
+        sys.exit(f"错误：{path} 第 {error.lineno} 行不是 JSON：{error}")
+    except (ValueError, RecursionError, EOFError, lzma.LZMAError, csv.Error, OSError) as error:
+        sys.exit(f"错误：{path} 读不了：{' '.join(str(error).split())}")
 
 
 def read_file(path, shapes):
     """逐篇给出 (文字, [])，最后是 (None, 怪事)：几个 (名字, 几处, 例子)。怪事太多就停下：文件坏了，或列选错了。"""
     rows = 0
     size = 0
-    oddities = []
-    for number, row in enumerate(read_rows(path, shapes), 1):
-        if row is None:
-            continue
+    bad_bytes = 0
+    unreadable = []
+    damaged = []
+    for place, row in numbered_rows(path, shapes):
         rows += 1
         try:
             raw = text_of(row, shapes)
         except ValueError as error:
-            oddities.append(("unreadable", 1, f"{path} 第 {number} 行：{error}"))
+            unreadable.append(("unreadable", 1, f"{place}：{error}"))
             continue
         data = raw.encode("utf-8", "ignore")  # 解不开的字节（代理字符）写不成 UTF-8，在这里去掉
         text = data.decode("utf-8")
         size += len(data)
         if text != raw:
-            oddities.append(("bad_bytes", len(raw) - len(text), f"{path} 第 {number} 行"))
+            damaged.append(("bad_bytes", len(raw) - len(text), place))
+            bad_bytes += len(raw) - len(text)
         yield text, []
-    counts = Counter()
-    for name, times, _ in oddities:
-        counts[name] += times
-    if counts["unreadable"] == rows > 0:
-        oddities = [("left_out", 1, oddities[0][2])]
-    elif counts["unreadable"] > max(3, rows / 100) or counts["bad_bytes"] > size / 1000:
-        raise ValueError(
-            f"{rows} 行里有 {counts['unreadable']} 行读不懂，另有 {counts['bad_bytes']} 个字节解不开，太多了；"
+    oddities = unreadable + damaged
+    if len(unreadable) == rows > 0:
+        oddities = [("left_out", 1, unreadable[0][2])]
+    elif len(unreadable) > max(3, rows / 100) or bad_bytes > size / 1000:
+        sys.exit(
+            f"错误：{rows} 行里有 {len(unreadable)} 行读不懂，另有 {bad_bytes} 个字节解不开，太多了；"
             f"第一处：{oddities[0][2]}"
         )
     yield None, oddities
@@ -423,21 +430,6 @@ CHANGES = {
 }
 
 
-def why_not(text, poems):
-    """整篇不要的原因；要，就是空的。"""
-    head = "".join(text[:300].split())  # 看开头就知道是不是文字
-    letters = sum(map(str.isalpha, head))
-    if not text:
-        return "empty"
-    if len(text) < SHORTEST:
-        return "short"
-    if letters < LETTERS * len(head):
-        return "not_text"
-    if poems and not re.fullmatch(POEM, text):
-        return "not_a_poem"
-    return ""
-
-
 def clean(text, poems=False):
     """清洗一篇，返回 (文字，整篇不要就是空的；改了什么：几个 (步骤, 几处, 例子))。"""
     changes = []
@@ -449,10 +441,17 @@ def clean(text, poems=False):
             changes.append((step, times, text[max(1, start - 12) : end + 12][:80]))
             text = changed
     text = text.strip()
-    reason = why_not(text, poems)
-    if reason:
-        changes.append((reason, 1, text[:60]))
-        text = ""
+    head = "".join(text[:300].split())  # 看开头就知道是不是文字
+    letters = sum(map(str.isalpha, head))
+    reasons = {  # 整篇不要的原因
+        "empty": not text,
+        "short": len(text) < SHORTEST,
+        "not_text": letters < LETTERS * len(head),
+        "not_a_poem": poems and not re.fullmatch(POEM, text),
+    }
+    for reason, found in reasons.items():
+        if found:
+            return "", [*changes, (reason, 1, text[:60])]
     return text, changes
 
 
@@ -511,14 +510,13 @@ def split(table):
     """给 table（每篇一行）加几列：duplicates（重复的）、documents（留下的）、train_ 和 eval_documents。"""
     usable = table["characters"] > 0
     kept = usable & ~table["hash"].duplicated()
+    table["characters"] *= kept
     table["duplicates"] = usable & ~kept
     table["documents"] = kept
     table["eval_documents"] = False
     for _, hashes in table["hash"][kept].groupby(table["source"]):
         limit = held_out_limit(len(hashes), np.sort(hashes)[:EVAL_MAXIMUM])
-        table.loc[hashes.index[hashes <= limit], "eval_documents"] = True
-    if kept.sum() > 1 and not table["eval_documents"].any():  # 每个来源都只有一篇
-        table.loc[kept.idxmax(), "eval_documents"] = True
+        table.loc[hashes[hashes <= limit].index, "eval_documents"] = True
     table["train_documents"] = kept & ~table["eval_documents"]
 
 
@@ -531,9 +529,8 @@ def describe(report):
         total = sum(counts[name] for counts in report["sources"].values())
         print(f"{CHANGES[name]}：{total:,} 处，例如 {examples[0]!r}")
     for source, counts in report["sources"].items():
-        known = f"（完整的是 {DATASETS[source][2]:,} 行）" if source in DATASETS else ""
         print(
-            f"{source}：读了 {counts['rows']:,} 行{known}，去掉重复的 {counts['duplicates']:,} 篇，"
+            f"{source}：读了 {counts['rows']:,} 行，去掉重复的 {counts['duplicates']:,} 篇，"
             f"留下 {counts['documents']:,} 篇、{counts['characters']:,} 字"
         )
 
@@ -552,12 +549,12 @@ def build(documents, poems, folder, report):
         raise error.__cause__  # datasets 把读写的错误包了一层
     table = cleaned.remove_columns("text").to_pandas()
     split(table)
-    table["characters"] *= table["documents"]
-    for source, sums in table.drop(columns="hash").groupby("source").sum().iterrows():
-        report["sources"][source].update(sums.to_dict())
+    sums = table.drop(columns="hash").groupby("source").sum()
+    for source, counts in report["sources"].items():
+        counts.update(sums.loc[source].to_dict())
     describe(report)
     kept = table.loc[table["documents"], ["source", "hash", "eval_documents"]]
-    if len(kept) < 2:
+    if not kept["eval_documents"].any():
         sys.exit(
             f"错误：语料太少：读了 {len(table)} 行，只剩 {len(kept)} 篇不同的，至少要 2 篇；看上面的计数"
         )

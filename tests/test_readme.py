@@ -249,7 +249,7 @@ def test_links_and_anchors(page):
 
 
 def test_size_and_what_is_gone():
-    assert README.count("\n") <= 450 and len(README.encode("utf-8")) <= 60_000
+    assert README.count("\n") <= 480 and len(README.encode("utf-8")) <= 60_000
     gone = (
         "FSDP",
         "fsdp",

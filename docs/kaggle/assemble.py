@@ -1,123 +1,89 @@
 #!/usr/bin/env python3
-"""由 template.txt 和几个脚本拼出仓库根目录下的 kaggle_pretrain_combined.py。
+"""由 template.py 和几个脚本拼出仓库根目录下的 kaggle_pretrain_combined.py。
 
     python docs/kaggle/assemble.py           # 改了脚本或模板以后，运行它
     python docs/kaggle/assemble.py --check   # 已提交的那份不是现在该有的，就报错（测试用的就是它）
 
-模板里以 #@ 开头的行换成别处的原文：
-    #@ a100_train: encode pack                 这些名字的函数、类、常量，一字不差
-    #@ a100_train: save_final_model - plot     同上，去掉提到 plot 的语句，几个词用逗号分开
-    #@ a100_train!: write_history              同上，去掉说明（docstring）和单独成行的注释：讲解留在原处
-    #@ a100_train: pack ~ 旧 => 新             同上，换掉一处文字（必须恰有一处；可以再接 ~ 旧 => 新）
-    #@ requirements: datasets                  requirements.txt 里这些包的版本范围，一个 Python 列表
+模板里的 from a100_train import encode, pack 换成 encode、pack 在那个脚本里的原文：整个函数、类或常量，连同紧挨在上面的注释，
+一字不差。模板自己是一个普通的 Python 文件，ruff 照样检查。
 """
 
 import argparse
 import ast
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+TEMPLATE = HERE / "template.py"
 RESULT = ROOT / "kaggle_pretrain_combined.py"
+SCRIPTS = ("prepare_corpus", "train_tokenizer", "a100_train")
 
 
 def names_of(node):
     """顶层的一句定义了哪些名字。"""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    names = set()
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            names |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
+    if isinstance(node, ast.AugAssign):
+        names.add(node.target.id)
+    return names
 
 
-def unwanted(node, words, lines):
-    """要去掉的行号（从 0 数）：提到 words 的语句；if 之类看它的第一行，提到就整个去掉，否则往里找。"""
-    fields = ("body", "orelse", "handlers", "finalbody")
-    body = [child for field in fields for child in getattr(node, field, [])]
-    if body and isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return set().union(*(unwanted(child, words, lines) for child in body))
-    last = body[0].lineno - 1 if body else node.end_lineno
-    if any(word in "\n".join(lines[node.lineno - 1 : max(last, node.lineno)]) for word in words):
-        return set(range(node.lineno - 1, node.end_lineno))
-    inside = [unwanted(child, words, lines) for child in body]
-    empty = body and all(inside)  # 里面的都去掉了，外面的也不要
-    return set(range(node.lineno - 1, node.end_lineno)) if empty else set().union(*inside)
-
-
-def remarks(node, lines):
-    """docstring 和单独成行的注释的行号。"""
-    functions = [each for each in ast.walk(node) if isinstance(each, ast.FunctionDef | ast.ClassDef)]
-    strings = [each.body[0] for each in functions if ast.get_docstring(each)]
-    rows = {i for each in strings for i in range(each.lineno - 1, each.end_lineno)}
-    rows |= {i for i in range(node.lineno - 1, node.end_lineno) if lines[i].lstrip().startswith("#")}
-    first = [each.body[0].end_lineno for each in functions if ast.get_docstring(each)]
-    return rows | {i for i in first if not lines[i].strip() and i < node.end_lineno}  # 说明后面的空行
-
-
-def definition(script, name, words, bare=False):
-    """script 里 name 的原文，连同装饰器和行尾的注释。"""
+def definitions(script, names):
+    """script 里定义 names 的各句原文，按它们在脚本里的次序；一句定义几个名字的，只取一次。"""
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     lines = source.split("\n")
-    node = next((node for node in ast.parse(source).body if name in names_of(node)), None)
-    if node is None:
-        sys.exit(f"错误：{script}.py 里没有 {name}；它改了名，就改 {HERE.name}/template.txt")
-    start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-    dropped = (unwanted(node, words, lines) if words else set()) | (remarks(node, lines) if bare else set())
-    return "\n".join(line for i, line in enumerate(lines[start : node.end_lineno], start) if i not in dropped)
+    pieces = []
+    found = set()
+    for node in ast.parse(source).body:
+        if not names_of(node) & names:
+            continue
+        found |= names_of(node)
+        start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        while lines[start - 2].startswith("# ") and not lines[start - 2].startswith("# ===="):
+            start -= 1
+        pieces.append("\n".join(lines[start - 1 : node.end_lineno]))
+    if names - found:
+        sys.exit(f"错误：{script}.py 里没有 {names - found}；它改了名，就改 {TEMPLATE.name}")
+    return pieces
 
 
-def requirements(packages):
-    """requirements.txt 里的版本范围，写成一个 Python 列表的内容。"""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
-    lines = [re.split(r"\s*[;#]", line)[0] for line in lines if re.match(r"\w", line)]
-    wanted = {re.match(r"[\w-]+", line)[0]: line for line in lines}
-    if missing := [package for package in packages if package not in wanted]:
-        sys.exit(
-            f"错误：requirements.txt 里没有 {missing}，而 Kaggle 上要装；加上，或改 {HERE.name}/template.txt"
-        )
-    text = "REQUIREMENTS = " + str([wanted[package] for package in packages]).replace("'", '"')
-    return textwrap.fill(text, 100, subsequent_indent=" " * 16)
+def is_constant(piece):
+    return not re.search(r"(?m)^(def|class) ", piece)
 
 
-def replace_once(text, change, line):
-    old, new = change.split(" => ")
-    if text.count(old) != 1:
-        sys.exit(
-            f"错误：{line[:40]!r} 里的 {old!r} 出现了 {text.count(old)} 次，应当恰有一次；改 {HERE.name}/template.txt"
-        )
-    return text.replace(old, new)
+def expand(script, names):
+    """一句 import 代表的原文。函数和类之间空两行，常量连着写。"""
+    text = ""
+    for piece in definitions(script, names):
+        if text and is_constant(text) and is_constant(piece):
+            text += "\n" + piece
+        else:
+            text += "\n\n\n" + piece
+    return text if is_constant(piece) else text + "\n\n"
 
 
-def expand(line):
-    """一行 #@ -> 它代表的原文；类和函数之间空一行，常量连着写。"""
-    line, *changes = line.split(" ~ ")
-    script, names, words = re.fullmatch(r"#@ (\w+!?): (.+?)(?: - (.+))?", line).groups()
-    script, bare = script.rstrip("!"), "!" in script
-    if script == "requirements":
-        return requirements(names.split())
-    text, words = "", [word.strip() for word in words.split(",")] if words else []
-    for name in names.split():
-        piece = definition(script, name, words, bare)
-        gap = "\n\n" if piece.startswith(("def ", "class ", "@")) else "\n"
-        text += (gap if text else "") + piece
-    if words and text == expand(f"#@ {script}{'!' * bare}: {names}"):
-        sys.exit(f"错误：{line} 里没有提到 {words} 的语句；改 {HERE.name}/template.txt")
-    for change in changes:
-        text = replace_once(text, change, line)
-    return text
-
-
-def assemble():
-    template = (HERE / "template.txt").read_text(encoding="utf-8")
-    return "".join((expand(line) if line.startswith("#@") else line) + "\n" for line in template.splitlines())
+def assemble(template=None):
+    template = template or TEMPLATE.read_text(encoding="utf-8")
+    lines = template.split("\n")
+    for node in reversed(ast.parse(template).body):
+        if isinstance(node, ast.ImportFrom) and node.module in SCRIPTS:
+            names = {alias.name for alias in node.names}
+            lines[node.lineno - 1 : node.end_lineno] = [expand(node.module, names)]
+    text = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines))
+    return re.sub(r"(?m)^(import .*|[A-Z]+ = .*|# 训练进程也运行这一格)\n\n\n(?=[A-Z#])", r"\1\n", text)
 
 
 def main():
     parser = argparse.ArgumentParser(description="拼出 kaggle_pretrain_combined.py", allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="只检查已提交的那份")
-    check, text = parser.parse_args().check, assemble()
+    check = parser.parse_args().check
+    text = assemble()
     if check and RESULT.read_text(encoding="utf-8") != text:
         sys.exit(f"错误：{RESULT.name} 与模板和脚本不符；运行 python docs/kaggle/assemble.py 后一起提交")
     if not check:
