@@ -4,7 +4,7 @@
     python benchmarks/experiments.py                        # 有哪些实验
     python benchmarks/experiments.py layers                 # 做一个：各变体训练一次，几分钟
     python benchmarks/experiments.py layers --seeds 42 43 44    # 三个种子：看得出差别有没有大过运气
-    python benchmarks/experiments.py layers --step_times    # 各变体一步用多少 CPU 时间
+    python benchmarks/experiments.py layers --step_times    # 重新量一步的 CPU 时间，同样的时间是多少步由它定
     python benchmarks/experiments.py --table                # 只由日志重写表
 
 一个变体就是用另外的选项运行一次 a100_train.py。日志在 results/experiments/实验-变体-s种子.jsonl：第一行是命令、机器、日期和
@@ -14,6 +14,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import a100_train
 
 RESULTS = ROOT / "results" / "experiments"
+GUIDE = ROOT / "docs" / "experiments.md"
 
 # ==== 1. 实验 ====
 
@@ -194,7 +196,7 @@ def run_variant(name, variant, seed, work):
 
 
 def measure_step_times(name, work, rounds=25):
-    """各变体一步的 CPU 秒，一个线程。轮流各做一步，取中位数：机器忽快忽慢，比例还是对的。"""
+    """步数由时间定的各变体，一步的 CPU 秒，一个线程。轮流各做一步，取中位数：机器忽快忽慢，比例还是对的。"""
     torch.set_num_threads(1)
     folder = work / "step-times"
     shutil.rmtree(folder, ignore_errors=True)
@@ -202,6 +204,8 @@ def measure_step_times(name, work, rounds=25):
     config = train(folder, all_arguments(["--max_steps", "1"]))["config"]
     steps = {}
     for variant, (_, text) in EXPERIMENTS[name].items():
+        if variant != "base" and "{steps}" not in text:  # 步数不由时间定的，不用量
+            continue
         words = text.replace("--max_steps {steps}", "").split()
         changes = {key[2:]: int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
         steps[variant] = training_steps(argparse.Namespace(**config | changes), folder)
@@ -311,7 +315,7 @@ def table(name):
 
 
 def write_tables():
-    """results/experiments/README.md：全部的表。"""
+    """results/experiments/README.md 里全部的表，和 docs/experiments.md 里“表”与“表完”之间的。"""
     parts = [
         "# 实验的表",
         "`python benchmarks/experiments.py --table` 由这个文件夹里的日志写成；问题和原因在 docs/experiments.md。",
@@ -322,6 +326,15 @@ def write_tables():
         if text:
             parts += [f"## {title}", text]
     write_atomic(RESULTS / "README.md", "\n\n".join(parts) + "\n")
+    if GUIDE.exists():
+        old = GUIDE.read_text("utf-8")
+        new = re.sub(r"(?s)(<!-- 表 (\w+) -->\n\n).*?(\n\n<!-- 表完 -->)", fill_in, old)
+        if new != old:
+            write_atomic(GUIDE, new)
+
+
+def fill_in(match):
+    return match[1] + table(match[2]) + match[3]
 
 
 # ==== 5. 主程序 ====
@@ -334,7 +347,7 @@ def main():
     parser.add_argument("names", nargs="*", metavar="实验", help="、".join(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="随机种子，各训练一次")
     parser.add_argument("--work_dir", type=Path, default=Path("run-experiments"), help="数据放在哪里")
-    parser.add_argument("--step_times", action="store_true", help="只量各变体一步的 CPU 时间")
+    parser.add_argument("--step_times", action="store_true", help="只量一步的 CPU 时间")
     parser.add_argument("--table", action="store_true", help="只由日志重写表")
     args = parser.parse_args()
     for name in args.names:
