@@ -281,17 +281,20 @@ def compare(values, base):
 
 
 def table(name):
-    """一个实验的 Markdown 表。没有跑过的变体不写。"""
+    """一个实验的 Markdown 表。没有跑过的变体不写；除了演示都没有跑过，是空字符串。"""
     base = [evaluation["eval_bits_per_char"] for _, evaluation, _ in read_results(name, "base")]
     lines = [
         "| 变体 | 步 × 每步 token | 训练损失 | 验证损失 | **每字比特**（最低–最高） | 与演示的差别 |",
         "|---|---:|---:|---:|---:|---|",
     ]
     heads = []
+    compared = 0
     for variant, (label, _) in EXPERIMENTS[name].items():
         results = read_results(name, variant)
         if not results:
             continue
+        if variant != "base":
+            compared += 1
         heads += [head for head, _, _ in results]
         bits = [evaluation["eval_bits_per_char"] for _, evaluation, _ in results]
         eval_loss = statistics.mean(evaluation["eval_loss"] for _, evaluation, _ in results)
@@ -303,13 +306,14 @@ def table(name):
             f"{eval_loss:.3f} | **{statistics.mean(bits):.3f}**（{min(bits):.3f}–{max(bits):.3f}） | "
             f"{difference} |"
         )
-    if not heads:
+    if compared == 0:
         return ""
     dates = sorted({head["date"] for head in heads})
+    commits = sorted({head["commit"] for head in heads})
     lines += [
         "",
-        f"`python benchmarks/experiments.py {name} --seeds 42 43 44`；{heads[0]['machine']}，一个线程；"
-        f"{heads[0]['versions']}；{'、'.join(dates)}；提交 {heads[0]['commit']}。",
+        f"每个数是各种子的平均。`python benchmarks/experiments.py {name} --seeds 42 43 44`；{heads[0]['machine']}，一个线程；"
+        f"{heads[0]['versions']}；{'、'.join(dates)}；提交 {'、'.join(commits)}。",
     ]
     return "\n".join(lines)
 
@@ -368,7 +372,7 @@ def main():
         for seed in args.seeds:
             for variant in EXPERIMENTS[name]:
                 run_variant(name, variant, seed, args.work_dir)
-        print(table(name))
+        print(table(name) or "只有演示本身，没有可比的")
     return write_tables()
 
 
