@@ -332,13 +332,13 @@ def write_tables():
     write_atomic(RESULTS / "README.md", "\n\n".join(parts) + "\n")
     if GUIDE.exists():
         old = GUIDE.read_text("utf-8")
-        new = re.sub(r"(?s)(<!-- 表 (\w+) -->\n\n).*?(\n\n<!-- 表完 -->)", fill_in, old)
+        new = re.sub(r"(?s)(<!-- 表 (\w+) -->).*?(<!-- 表完 -->)", fill_in, old)
         if new != old:
             write_atomic(GUIDE, new)
 
 
 def fill_in(match):
-    return match[1] + table(match[2]) + match[3]
+    return f"{match[1]}\n\n{table(match[2])}\n\n{match[3]}"
 
 
 # ==== 5. 主程序 ====
