@@ -41,7 +41,8 @@ def chosen(monkeypatch, tmp_path):
         machine(monkeypatch, tmp_path, **kind)
         monkeypatch.setattr(sys, "argv", ["a100_train.py", *map(str, argv)])
         s = a100_train.read_settings()
-        a100_train.choose_machine(s)
+        a100_train.choose_device(s)
+        a100_train.choose_speed(s)
         a100_train.choose_packages(s)
         return s
 
