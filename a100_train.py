@@ -514,7 +514,8 @@ def orthogonalize(matrix):
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    # 每次：x ← 3.4445 x − 4.7750 (x xᵀ) x + 2.0315 (x xᵀ)² x。baddbmm(a, b, c, beta, alpha) 是 beta·a + alpha·(b @ c)
+    # 每次：x ← 3.4445 x − 4.7750 (x xᵀ) x + 2.0315 (x xᵀ)² x
+    # baddbmm(a, b, c, beta, alpha) 是 beta·a + alpha·(b @ c)
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
