@@ -75,6 +75,9 @@ PRESETS = {
     },
 }
 
+# requirements.txt 里的这几个只在换一条路下载时才用，缺了先不算错。
+DOWNLOAD_ONLY = {"modelscope-hub", "PySocks", "socksio"}
+
 # 三个来源放着同一个数据集（521 MB 的维基百科），拿它的开头来试能不能下载、有多快。
 WIKI = "wikipedia-cn-20230720-filtered"
 ENDPOINT = os.environ.get("HF_ENDPOINT", "https://hf-mirror.com").rstrip("/")
@@ -124,6 +127,8 @@ def torch_has_code_for(capability, architectures):
 
     architectures 是 torch.cuda.get_arch_list()，例如 ["sm_80", "sm_90", "compute_120"]。
     """
+    if torch.version.hip:  # AMD 的显卡：编号的规则不同，这里不查
+        return True
     for architecture in architectures:
         kind, number = architecture.split("_")
         number = int(number.rstrip("af"))  # sm_90a、sm_120f 也按 90、120 算
@@ -173,8 +178,8 @@ def examine_devices(preset):
     for index in range(count):
         yield examine_card(index)
     if count > 1:
-        text = f"有 {count} 张显卡，直接运行 a100_train.py 只用第一张"
-        yield NOTE, f"{text}；都用上：torchrun --standalone --nproc_per_node={count} a100_train.py"
+        command = f"torchrun --standalone --nproc_per_node={count} a100_train.py"
+        yield NOTE, f"有 {count} 张显卡，直接运行 a100_train.py 只用一张；都用上：{command}"
     if count == 0:
         level = BAD if preset == "full" else OK
         yield level, "没有 CUDA 显卡，用 CPU：只够跑演示，完整训练要租显卡"
@@ -193,7 +198,7 @@ def installed_version(package):
 
 def examine_mismatch(wanted, found):
     """一个没有装、或版本不在范围里的包：（级别，说明）。"""
-    level = BAD
+    level = NOTE if wanted.name in DOWNLOAD_ONLY else BAD
     for limit in wanted.specifier:
         if found and limit.operator == "<" and not limit.contains(found):
             level = NOTE  # 比试过的都新：多半能用
@@ -233,7 +238,7 @@ def examine_disk(folder, disk_gb):
     yield level, f"{text}；不够就清出空间，或换一块盘（--work_dir）"
     try:
         with tempfile.TemporaryFile(dir=place, prefix=".doctor-") as file:  # 关上就没了
-            file.write(bytes(1_000_000))
+            file.write(b"doctor")
     except OSError as error:
         yield BAD, f"{place} 写不进去（{error.strerror}）；检查是不是文件夹、权限和配额，或换一个 --work_dir"
 
@@ -262,10 +267,10 @@ class RememberRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 
-def download_start(url, redirects, seconds, answers):
+def download_start(url, redirects, answers):
     """下载 url 的前 2 MB，把（级别，说明）放进队列 answers。"""
     try:
-        with urllib.request.build_opener(redirects).open(url, timeout=seconds) as response:
+        with urllib.request.build_opener(redirects).open(url, timeout=10) as response:
             start = time.perf_counter()
             data = response.read(2_000_000)
             speed = len(data) / (time.perf_counter() - start) / 1e6
@@ -282,8 +287,8 @@ def examine_source(name, url, next_way, seconds):
     """真的从一个来源下载数据集的开头：（级别，说明）。下载不成就说下一条路。"""
     redirects = RememberRedirects()
     answers = queue.Queue()
-    # 放在线程里做：查域名也会卡住，而 timeout 管不到那一步。
-    threading.Thread(target=download_start, args=(url, redirects, seconds, answers), daemon=True).start()
+    # 放在线程里做：查域名、慢慢地下载都会拖很久，而 urllib 的 timeout 管不到。
+    threading.Thread(target=download_start, args=(url, redirects, answers), daemon=True).start()
     try:
         level, text = answers.get(timeout=seconds)
     except queue.Empty:
@@ -301,12 +306,21 @@ def examine_source(name, url, next_way, seconds):
 
 def examine_network(seconds=4):
     """prepare_corpus.py 默认依次试的三个来源，各一行。"""
-    next_way = "镜像，默认会自己换过去；只用它：export HF_ENDPOINT=https://hf-mirror.com"
-    yield examine_source("Hub", HUB, next_way, seconds)
-    next_way = "ModelScope，默认会自己换过去（要 modelscope-hub）；只用它：--source modelscope"
-    yield examine_source("镜像", MIRROR, next_way, seconds)
-    next_way = f"用浏览器从 modelscope.cn/datasets/AI-ModelScope/{WIKI} 下载，再 --corpus wiki=文件"
-    yield examine_source("ModelScope", MODELSCOPE, next_way, seconds)
+    yield examine_source(
+        "Hub", HUB, "镜像，默认会自己换过去；只用它：export HF_ENDPOINT=https://hf-mirror.com", seconds
+    )
+    yield examine_source(
+        "镜像",
+        MIRROR,
+        "ModelScope，默认会自己换过去（要 modelscope-hub）；只用它：--source modelscope",
+        seconds,
+    )
+    yield examine_source(
+        "ModelScope",
+        MODELSCOPE,
+        f"用浏览器从 modelscope.cn/datasets/AI-ModelScope/{WIKI} 下载，再 --corpus wiki=文件",
+        seconds,
+    )
 
 
 # ==== 3. 真的训练两秒：速度、MFU、花费 ====
@@ -424,9 +438,9 @@ def examine_speed(preset, price_per_hour, seconds=2):
     yield examine_loss(loss, values["vocab_size"])
     parameters = model.num_parameters()
     speed = batch_size * values["block_size"] / step_seconds
-    flops = flops_per_token(parameters, values)
+    flops_per_second = speed * flops_per_token(parameters, values)
     text = f"试跑 {parameters:,} 参数，微批量 {batch_size}，{dtype}：每秒 {speed:,.0f} token"
-    yield OK, f"{text}，{share_of_peak(speed * flops, device)}"
+    yield OK, f"{text}，{share_of_peak(flops_per_second, device)}"
     tokens = values["steps"] * values["effective_batch_size"] * values["block_size"]
     hours = tokens / speed / 3600
     cost = ""
@@ -502,7 +516,7 @@ def parse_args():
     parser.add_argument("--offline", action="store_true", help="不查网络")
     parser.add_argument("--memory_table", action="store_true", help="只打印：各种显存放得下的微批量")
     args = parser.parse_args()
-    if not 0 <= args.price_per_hour < math.inf:
+    if args.price_per_hour < 0:
         sys.exit(f"错误：--price_per_hour 要不小于 0，得到 {args.price_per_hour}")
     return args
 

@@ -4,7 +4,7 @@
     python benchmarks/experiments.py                        # 有哪些实验
     python benchmarks/experiments.py layers                 # 做一个：各变体训练一次，几分钟
     python benchmarks/experiments.py layers --seeds 42 43 44    # 三个种子：看得出差别有没有大过运气
-    python benchmarks/experiments.py layers --step_times    # 各变体一步用多少 CPU 时间
+    python benchmarks/experiments.py layers --step_times    # 重新量一步的 CPU 时间，同样的时间是多少步由它定
     python benchmarks/experiments.py --table                # 只由日志重写表
 
 一个变体就是用另外的选项运行一次 a100_train.py。日志在 results/experiments/实验-变体-s种子.jsonl：第一行是命令、机器、日期和
@@ -14,6 +14,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import a100_train
 
 RESULTS = ROOT / "results" / "experiments"
+GUIDE = ROOT / "docs" / "experiments.md"
 
 # ==== 1. 实验 ====
 
@@ -194,7 +196,7 @@ def run_variant(name, variant, seed, work):
 
 
 def measure_step_times(name, work, rounds=25):
-    """各变体一步的 CPU 秒，一个线程。轮流各做一步，取中位数：机器忽快忽慢，比例还是对的。"""
+    """步数由时间定的各变体，一步的 CPU 秒，一个线程。轮流各做一步，取中位数：机器忽快忽慢，比例还是对的。"""
     torch.set_num_threads(1)
     folder = work / "step-times"
     shutil.rmtree(folder, ignore_errors=True)
@@ -202,6 +204,8 @@ def measure_step_times(name, work, rounds=25):
     config = train(folder, all_arguments(["--max_steps", "1"]))["config"]
     steps = {}
     for variant, (_, text) in EXPERIMENTS[name].items():
+        if variant != "base" and "{steps}" not in text:  # 步数不由时间定的，不用量
+            continue
         words = text.replace("--max_steps {steps}", "").split()
         changes = {key[2:]: int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
         steps[variant] = training_steps(argparse.Namespace(**config | changes), folder)
@@ -277,17 +281,20 @@ def compare(values, base):
 
 
 def table(name):
-    """一个实验的 Markdown 表。没有跑过的变体不写。"""
+    """一个实验的 Markdown 表。没有跑过的变体不写；除了演示都没有跑过，是空字符串。"""
     base = [evaluation["eval_bits_per_char"] for _, evaluation, _ in read_results(name, "base")]
     lines = [
         "| 变体 | 步 × 每步 token | 训练损失 | 验证损失 | **每字比特**（最低–最高） | 与演示的差别 |",
         "|---|---:|---:|---:|---:|---|",
     ]
     heads = []
+    compared = 0
     for variant, (label, _) in EXPERIMENTS[name].items():
         results = read_results(name, variant)
         if not results:
             continue
+        if variant != "base":
+            compared += 1
         heads += [head for head, _, _ in results]
         bits = [evaluation["eval_bits_per_char"] for _, evaluation, _ in results]
         eval_loss = statistics.mean(evaluation["eval_loss"] for _, evaluation, _ in results)
@@ -299,19 +306,20 @@ def table(name):
             f"{eval_loss:.3f} | **{statistics.mean(bits):.3f}**（{min(bits):.3f}–{max(bits):.3f}） | "
             f"{difference} |"
         )
-    if not heads:
+    if compared == 0:
         return ""
     dates = sorted({head["date"] for head in heads})
+    commits = sorted({head["commit"] for head in heads})
     lines += [
         "",
-        f"`python benchmarks/experiments.py {name} --seeds 42 43 44`；{heads[0]['machine']}，一个线程；"
-        f"{heads[0]['versions']}；{'、'.join(dates)}；提交 {heads[0]['commit']}。",
+        f"每个数是各种子的平均。`python benchmarks/experiments.py {name} --seeds 42 43 44`；{heads[0]['machine']}，一个线程；"
+        f"{heads[0]['versions']}；{'、'.join(dates)}；提交 {'、'.join(commits)}。",
     ]
     return "\n".join(lines)
 
 
 def write_tables():
-    """results/experiments/README.md：全部的表。"""
+    """results/experiments/README.md 里全部的表，和 docs/experiments.md 里“表”与“表完”之间的。"""
     parts = [
         "# 实验的表",
         "`python benchmarks/experiments.py --table` 由这个文件夹里的日志写成；问题和原因在 docs/experiments.md。",
@@ -322,6 +330,15 @@ def write_tables():
         if text:
             parts += [f"## {title}", text]
     write_atomic(RESULTS / "README.md", "\n\n".join(parts) + "\n")
+    if GUIDE.exists():
+        old = GUIDE.read_text("utf-8")
+        new = re.sub(r"(?s)(<!-- 表 (\w+) -->).*?(<!-- 表完 -->)", fill_in, old)
+        if new != old:
+            write_atomic(GUIDE, new)
+
+
+def fill_in(match):
+    return f"{match[1]}\n\n{table(match[2])}\n\n{match[3]}"
 
 
 # ==== 5. 主程序 ====
@@ -334,7 +351,7 @@ def main():
     parser.add_argument("names", nargs="*", metavar="实验", help="、".join(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="随机种子，各训练一次")
     parser.add_argument("--work_dir", type=Path, default=Path("run-experiments"), help="数据放在哪里")
-    parser.add_argument("--step_times", action="store_true", help="只量各变体一步的 CPU 时间")
+    parser.add_argument("--step_times", action="store_true", help="只量一步的 CPU 时间")
     parser.add_argument("--table", action="store_true", help="只由日志重写表")
     args = parser.parse_args()
     for name in args.names:
@@ -355,7 +372,7 @@ def main():
         for seed in args.seeds:
             for variant in EXPERIMENTS[name]:
                 run_variant(name, variant, seed, args.work_dir)
-        print(table(name))
+        print(table(name) or "只有演示本身，没有可比的")
     return write_tables()
 
 

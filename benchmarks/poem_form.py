@@ -241,17 +241,27 @@ def is_body_han(pieces):
 
 
 def nats_per_character(model, tokenizer, texts):
-    """{"all": 标题、标点、换行、</s> 都算，除以全部字符数；"body_han": 只算正文的汉字，除以正文的汉字数}。"""
-    total, characters, han_total, han_characters = 0.0, 0, 0.0, 0
+    """三种算法的损失（nat），各首单独算，前面是 </s>：
+
+    all：全部 token（标题、标点、换行、</s>），除以全部字符数；body_han：只算正文的汉字，除以正文的汉字数；
+    tagged：全部 token，除以不算换行的字符数加 3。有的项目把一首写成 <标题|正文>，每首多三个记号而没有换行，这个才能与它比。
+    """
+    total, characters, tagged = 0.0, 0, 0
+    han_total, han_characters = 0.0, 0
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
         losses = token_losses(model, ids)
         total += sum(losses)
         characters += len(text)
+        tagged += len(text.replace("\n", "")) + 3
         counted = is_body_han(tokenizer.convert_ids_to_tokens(ids))
         han_total += sum(loss for loss, han in zip(losses, counted, strict=False) if han)
         han_characters += len("".join(split_verses(text)))
-    return {"all": round(total / characters, 4), "body_han": round(han_total / han_characters, 4)}
+    return {
+        "all": round(total / characters, 4),
+        "body_han": round(han_total / han_characters, 4),
+        "tagged": round(total / tagged, 4),
+    }
 
 
 # ==== 5. 写诗 ====
@@ -328,7 +338,7 @@ def measure(work_dir, poems):
     snapshots = find_snapshots(work_dir)
     tokenizer = AutoTokenizer.from_pretrained(work_dir / "tokenizer")
     config = json.loads((snapshots[max(snapshots)] / "config.json").read_text(encoding="utf-8"))
-    held_out = read_texts(work_dir / "corpus", "eval")
+    held_out = [text for text in read_texts(work_dir / "corpus", "eval") if split_verses(text)]
     real = choose_poems(held_out, tokenizer, config["n_positions"], poems)
     if not real:
         sys.exit(f"错误：{work_dir}/corpus 的验证集里没有诗（标题，换行，正文）；用 --preset poem 训练的才有")
@@ -345,10 +355,17 @@ def measure(work_dir, poems):
     return {
         "poems": len(real),
         "parameters": runs[-1]["parameters"],
+        "held_out": {"poems": len(held_out)} | last_loss(snapshots, tokenizer, held_out),
         "real": figures(real_verses, known),
         "shuffled": figures(shuffled, known),
         "snapshots": [count_snapshot(run, known) for run in runs],
     }
+
+
+def last_loss(snapshots, tokenizer, held_out):
+    """最后一个快照在整个验证集上的损失，长诗也在内。"""
+    model = AutoModelForCausalLM.from_pretrained(snapshots[max(snapshots)], dtype=torch.float32).eval()
+    return nats_per_character(model, tokenizer, held_out)
 
 
 def verses_of(group):
@@ -390,7 +407,7 @@ def table(result):
 
 
 def report(result):
-    last = result["snapshots"][-1]
+    last, held_out = result["snapshots"][-1], result["held_out"]
     lines = [
         "# 诗的样子是什么时候学会的",
         "",
@@ -406,6 +423,9 @@ def report(result):
         "几成都是所有的诗合在一起算的；同一列里，首、处、联、字、句是单位："
         + "；".join(f"{label}（{unit}）" for label, unit in LABELS.values())
         + "。押韵和平仄按今音（pypinyin，十三辙），所以真诗也不到 100 %。",
+        "",
+        f"第 {last['step']:,} 步在整个验证集（{held_out['poems']:,} 首，长诗也在内）上：全部字符 {held_out['all']:.3f} nat，"
+        f"正文的汉字 {held_out['body_han']:.3f} nat；一首写成“<标题|正文>”、不算换行时，每个记号 {held_out['tagged']:.3f} nat。",
         "",
         f"三个种子的最低到最高（第 {last['step']:,} 步）：" + "；".join(spans(last["by_seed"])) + "。",
         "",

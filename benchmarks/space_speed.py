@@ -59,7 +59,7 @@ def start_button(url):
 def continue_once(url, function, tokens=30):
     """像网页那样请求一次续写，返回 (到第一个词块的秒数，到最后一个的秒数)。"""
     session, start, first = os.urandom(5).hex(), time.perf_counter(), None
-    data = ["中国的历史", 0.8, 50, 0.9, 1.1, tokens, 1]
+    data = ["中国的历史", "", 0.8, 50, 0.9, 1.1, tokens, 1]
     body = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, headers)

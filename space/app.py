@@ -8,7 +8,6 @@
 """
 
 import argparse
-import codecs
 import html
 import json
 import math
@@ -45,6 +44,7 @@ HOME = Path(AUTODL if os.path.isdir(AUTODL) else ".") / "gpt2-chinese"
 MAX_CHARACTERS = 2000  # 开头最长多少字：再长，分词和网页都慢
 MAX_NEW_TOKENS = 400
 TIME_LIMIT = 60  # 一次续写最多多少秒：别人在排队
+MAX_HEADS = 16  # 藏头诗最多几句
 MAX_PIECES = 32  # “里面”那一页最多画多少个词块：再多，格子就太小
 REFRESH = 3  # “训练中”那一页几秒看一次日志
 EXAMPLES = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
@@ -62,7 +62,8 @@ STYLE = """
 #inside table:first-of-type * { min-width: 20px; height: 20px; padding: 0 2px }
 #inside table:first-of-type tr:first-child th { max-width: 20px; word-break: break-all; vertical-align: bottom }
 #inside td:hover::after { content: attr(data-hint); position: absolute; left: 0; bottom: -28px }
-@media (max-width: 500px) { #inside table:first-of-type * { min-width: 9px; padding: 0; font-size: 9px } }
+@media (max-width: 500px) { #inside table:first-of-type tr:first-child th { max-width: 9px }
+  #inside table:first-of-type * { min-width: 9px; padding: 0; font-size: 9px } }
 #samples { max-height: 600px; overflow-y: auto }
 #samples p { white-space: pre-wrap; margin: 4px 0 }
 #samples h4 { margin: 16px 0 4px }
@@ -107,6 +108,7 @@ class Run:
         self.name = name
         self.lock = threading.Lock()
         self.home = find_home(name)
+        self.prompts = self.config().get("prompts", EXAMPLES)  # 训练途中续写用的开头
         self.snapshots = find_snapshots(self.home)
         # 能用的模型和它们的说明，从旧到新：各个快照，最后是训练好的。刚开始训练时一个也没有
         self.folders = [note["folder"] for note in self.snapshots]
@@ -125,13 +127,10 @@ class Run:
     def model(self, index=-1):
         """第 index 个模型；不写就是最新的。"""
         folder = self.folders[int(index)]
-        try:
-            with self.lock:
-                if not os.path.isfile(folder / "model.safetensors"):
-                    snapshot_download(self.name, allow_patterns=f"snapshots/{folder.name}/*")
-                return load(folder)
-        except (OSError, ValueError, SafetensorError):
-            raise gr.Error(f"读不出 {folder} 里的权重", print_exception=False)
+        with self.lock:
+            if not os.path.isfile(folder / "model.safetensors"):
+                snapshot_download(self.name, allow_patterns=f"snapshots/{folder.name}/*")
+            return load(folder)
 
     def config(self):
         return read_json(self.home / "config.json")
@@ -188,16 +187,17 @@ def encode(run, text):
     """文字的词块编号；太长的说一句话就停。"""
     if len(text) > MAX_CHARACTERS:
         raise gr.Error(f"最多 {MAX_CHARACTERS:,} 字，现在是 {len(text):,} 字", print_exception=False)
-    whole = text.encode("utf-8", "replace").decode()  # 半个代理对（坏了的表情符号）变成问号
-    return run.tokenizer.encode(whole, add_special_tokens=False)
+    return run.tokenizer.encode(text, add_special_tokens=False)
 
 
-def piece_bytes(run, token):
-    """一个词块的字节：生僻字由几个字节词块（如 <0xE4>）拼成，其余词块就是它的文字。"""
-    piece = run.tokenizer.convert_ids_to_tokens(token)
-    if piece.startswith("<0x"):
-        return bytes.fromhex(piece[3:5])
-    return run.tokenizer.decode([token], skip_special_tokens=True).encode()
+def readable(run, ids):
+    """词块的文字。生僻字由几个字节词块（如 <0xE4>）拼成；还没凑齐、拼不成字的是 U+FFFD，不显示。"""
+    return run.tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+
+
+def names(run, ids):
+    """词块在词表里的写法；换行看不见，画成箭头。"""
+    return [piece.replace("\n", "⏎") for piece in run.tokenizer.convert_ids_to_tokens(ids)]
 
 
 @torch.inference_mode()
@@ -231,8 +231,7 @@ def write(run, model, prompt, temperature, top_k, top_p, penalty, max_new_tokens
     context = model.config.n_positions
     seed = int(seed or 0)
     random = torch.Generator().manual_seed(seed)  # 各用各的：两个人同时用，互不影响
-    decoder = codecs.getincrementaldecoder("utf-8")("ignore")  # 半个字先不给，拼不成字的不给
-    text = prompt
+    written = []
     new = ids[1 - context :]
     cache = transformers.DynamicCache()
     start = time.monotonic()
@@ -241,22 +240,37 @@ def write(run, model, prompt, temperature, top_k, top_p, penalty, max_new_tokens
         chances = probabilities(scores, ids, temperature, top_k, top_p, penalty)
         token = torch.multinomial(chances, 1, generator=random).item()
         ids.append(token)
+        written.append(token)
         new = [token]
-        text += decoder.decode(piece_bytes(run, token))
         if cache.get_seq_length() == context:  # 上下文用满：只留后一半，接着写
             new = ids[-context // 2 :]
             cache = transformers.DynamicCache()
         seconds = time.monotonic() - start
-        yield text, f"{count} 个词块，{seconds:.2f} 秒，种子 {seed}"
+        yield prompt + readable(run, written), f"{count} 个词块，{seconds:.2f} 秒，种子 {seed}"
         if token == end or seconds > TIME_LIMIT:
             return
+
+
+def write_acrostic(run, model, title, heads, *values):
+    """藏头诗：每一句先写上给定的字，再由模型写到句末的标点。没有给字，就平常地续写。"""
+    if not heads:
+        yield from write(run, model, title, *values)
+    poem = title.strip()
+    for number, head in enumerate(heads[:MAX_HEADS]):
+        if number % 2 == 0:
+            poem += "\n"  # 训练用的诗，题目一行，以后两句一行
+        for text, note in write(run, model, poem + head, *values):
+            yield text, note
+            if text[-1] in "，。！？；\n":
+                break
+        poem = text
 
 
 def best(run, chances, count):
     """最可能的 count 个词块：[(编号，写法，概率), …]。"""
     values, tokens = chances.topk(count)
-    pieces = run.tokenizer.convert_ids_to_tokens(tokens.tolist())
-    return list(zip(tokens.tolist(), pieces, values.tolist(), strict=True))
+    ids = tokens.tolist()
+    return list(zip(ids, names(run, ids), values.tolist(), strict=True))
 
 
 @torch.inference_mode()
@@ -278,12 +292,9 @@ def points(log, key):
 
 def references(config):
     """两个参照：每个词块都一样可能时的损失 ln V；不看前文、只知道各个词块多常见时的损失（词频的熵）。"""
-    losses = {}
-    if "vocab_size" in config:
-        losses["瞎猜：ln V"] = math.log(config["vocab_size"])
-    if "unigram_entropy" in config:
-        losses["只看词频"] = config["unigram_entropy"]
-    return losses
+    if "unigram_entropy" not in config:
+        return {}
+    return {"瞎猜：ln V": math.log(config["vocab_size"]), "只看词频": config["unigram_entropy"]}
 
 
 def curve(run, marks):
@@ -343,13 +354,15 @@ def table(rows):
 
 def heat_map(pieces, weights):
     """注意力 (T, T) 画成表格。每个词块一行；颜色越深，它从那一列的词块取得越多。"""
-    names = [html.escape(piece).replace("\n", "⏎") for piece in pieces]
-    rows = ["<th></th>" + "".join(f"<th>{name}</th>" for name in names)]
-    for position, name in enumerate(names):
+    pieces = [html.escape(piece) for piece in pieces]
+    rows = ["<th></th>" + "".join(f"<th>{name}</th>" for name in pieces)]
+    for position, name in enumerate(pieces):
         cells = [f"<th>{name}</th>"]
-        for source, weight in zip(names, weights[position], strict=True):
+        for source, weight in zip(pieces, weights[position], strict=True):
             hint = f"从「{name}」看「{source}」：{weight:.1%}"
-            cells.append(f'<td data-hint="{hint}" style="background: rgb(37 99 235 / {weight:.3f})"></td>')
+            cells.append(
+                f'<td data-hint="{hint}" style="background: rgb(37 99 235 / {weight**0.5:.3f})"></td>'
+            )
         rows.append("".join(cells))
     return table(rows)
 
@@ -374,22 +387,24 @@ def sampling_controls(tokens):
 
 
 def generate_tab(run):
-    prompt = text_box("开头", EXAMPLES[0], "prompt")
-    gr.Examples(EXAMPLES, prompt, label="例子")
+    prompt = text_box("开头", run.prompts[0], "prompt")
+    gr.Examples(run.prompts, prompt, label="例子")
+    label = "藏头诗：各句的第一个字（开头作题目）；空着就平常地续写"
+    heads = gr.Textbox("", label=label, visible=run.config().get("preset") == "poem", elem_id="heads")
     with gr.Row():
         start = gr.Button("续写", variant="primary", elem_id="start", min_width=80)
         stop = gr.Button("停", elem_id="stop", min_width=80)
     output = gr.Textbox(label="续写", lines=8, buttons=["copy"], elem_id="output")
     note = gr.Markdown(elem_id="note")
     controls = sampling_controls(200)
-    answer = partial(write, run, run.model())
-    event = start.click(answer, [prompt, *controls], [output, note], show_progress="minimal")
+    answer = partial(write_acrostic, run, run.model())
+    event = start.click(answer, [prompt, heads, *controls], [output, note], show_progress="minimal")
     stop.click(None, cancels=event, queue=False)
 
 
 def growth_tab(run):
     gr.Markdown("同一个开头、同一个种子，训练到不同的步数。拖动滑块，看乱码怎样变成句子。")
-    prompt = text_box("开头", EXAMPLES[0], "growth-prompt")
+    prompt = text_box("开头", run.prompts[0], "growth-prompt")
     both = gr.Button("两边都写", variant="primary", elem_id="both")
     controls = sampling_controls(60)
     last = len(run.snapshots) - 1
@@ -432,10 +447,9 @@ def progress(run):
     minutes = last["elapsed_seconds"] / 60
     total = run.config().get("total_steps", step)
     left = minutes / step * (total - step)
-    written = os.path.getmtime(run.home / "train_log.jsonl")
     return (
         f"第 **{step:,}** / {total:,} 步，损失 **{last['loss']:.2f}**，每秒 {last['tokens_per_second']:,.0f} 个词块，"
-        f"用了 {minutes:.1f} 分钟，约剩 **{left:.1f}** 分钟。日志最后写于 {time.ctime(written)[4:]}。"
+        f"用了 {minutes:.1f} 分钟，约剩 **{left:.1f}** 分钟。"
     )
 
 
@@ -458,7 +472,7 @@ def tokenizer_tab(run):
 
     def split(text):
         ids = encode(run, text)
-        pieces = [(run.tokenizer.convert_ids_to_tokens(token), str(token)) for token in ids]
+        pieces = list(zip(names(run, ids), map(str, ids), strict=True))
         average = len(text) / max(len(ids), 1)
         return f"{len(text)} 字，{len(ids)} 个词块，每块 **{average:.2f}** 字", pieces
 
@@ -474,7 +488,7 @@ def tokenizer_tab(run):
 def next_token_tab(run):
     gr.Markdown(
         "模型给每个词块一个概率，再按概率**抽一个**。点一个候选，把它接上（`<0xE9>` 这样的单个字节接不上）；"
-        "改温度，看概率怎样变。"
+        "改温度，看概率怎样变：低，集中在最可能的；高，接近平均。"
     )
 
     def distribution(text, temperature):
@@ -484,13 +498,11 @@ def next_token_tab(run):
         return probabilities(scores, ids, temperature, len(scores), 1, 1)
 
     def show(text, temperature):
-        chances = {}
-        for token, piece, chance in best(run, distribution(text, temperature), 10):
-            chances[f"{piece}  #{token}"] = chance
-        return chances
+        top = best(run, distribution(text, temperature), 10)
+        return {f"{piece}  #{token}": chance for token, piece, chance in top}
 
     def append(text, token):
-        return text + piece_bytes(run, token).decode("utf-8", "ignore")
+        return text + readable(run, [token])
 
     def pick(text, event: gr.SelectData):
         token = event.value.rsplit("#", 1)[1]
@@ -500,10 +512,9 @@ def next_token_tab(run):
         token = torch.multinomial(distribution(text, temperature), 1)
         return append(text, token.item())
 
-    text = text_box("开头", EXAMPLES[0], "next-text")
-    info = "低：集中在最可能的；高：接近平均"
-    temperature = gr.Slider(0, 2, 1, step=0.05, label="温度", info=info, elem_id="heat")
-    bars = gr.Label(show(EXAMPLES[0], 1), label="最可能的 10 个词块", show_heading=False, elem_id="bars")
+    text = text_box("开头", run.prompts[0], "next-text")
+    temperature = gr.Slider(0, 2, 1, step=0.05, label="温度", elem_id="heat")
+    bars = gr.Label(show(run.prompts[0], 1), label="最可能的 10 个词块", show_heading=False, elem_id="bars")
     gr.on([text.change, temperature.change], show, [text, temperature], bars, **QUIET)
     bars.select(pick, text, text, **QUIET)
     gr.Button("按概率抽一个", elem_id="draw").click(draw, [text, temperature], text)
@@ -512,9 +523,9 @@ def next_token_tab(run):
 def inside_tab(run):
     gr.Markdown(INSIDE)
     config = run.model().config
-    example = "今天天气很好，明天天气也很好，我们去图书馆看书。"
+    limit = min(MAX_PIECES, config.n_positions)
+    example = "今天天气很好，明天天气也很"
     text = text_box("写点什么", example, "inside-text")
-    last = len(run.folders) - 1
     stage = gr.Dropdown(run.captions, value=run.captions[-1], type="index", label="模型", elem_id="stage")
     with gr.Row():
         layer = number_choice("层", config.n_layer)
@@ -523,14 +534,14 @@ def inside_tab(run):
     def show(text, stage, layer, head):
         ids = encode(run, text) or [run.tokenizer.eos_token_id]
         note = ""
-        if len(ids) > MAX_PIECES:
-            note = f"<p>有 {len(ids)} 个词块，太长了，只看前 {MAX_PIECES} 个</p>"
-        ids = ids[:MAX_PIECES]
+        if len(ids) > limit:
+            note = f"<p>有 {len(ids)} 个词块，太长了，只看前 {limit} 个</p>"
+        ids = ids[:limit]
         attentions, guesses = look_inside(run.model(stage), ids)
-        picture = heat_map(run.tokenizer.convert_ids_to_tokens(ids), attentions[layer][0, head].tolist())
+        picture = heat_map(names(run, ids), attentions[layer][0, head].tolist())
         return f"{note}{picture}{guess_table(run, guesses)}"
 
-    output = gr.HTML(show(example, last, 0, 0), elem_id="inside")
+    output = gr.HTML(show(example, -1, 0, 0), elem_id="inside")
     inputs = [text, stage, layer, head]
     gr.on([part.change for part in inputs], show, inputs, output, **QUIET)
 
@@ -580,18 +591,16 @@ def build(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="模型的网页", allow_abbrev=False)
+    parser = argparse.ArgumentParser()
     model = os.environ.get("MODEL_ID", str(HOME))
     parser.add_argument("--model", default=model, help="文件夹，或 Hub 上的 名字/仓库；默认 %(default)s")
     args = parser.parse_args()
     try:
         page = build(Run(args.model))
-    except (OSError, ValueError, KeyError, gr.Error) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         sys.exit(f"错误：读不出模型 {args.model}（{reason}）；先训练，或用 --model 指定")
-    fonts = ["system-ui", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]  # 不从网上取字体
-    theme = gr.themes.Default(font=fonts)
-    page.launch(share=False, ssr_mode=False, footer_links=[], theme=theme, css=STYLE)
+    page.launch(ssr_mode=False, footer_links=[], css=STYLE)
 
 
 if __name__ == "__main__":

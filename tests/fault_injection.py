@@ -69,7 +69,7 @@ PREPARING, REPEATING = (
     ["训练", "验证", "写检查点"],
 )
 ROUND = 10  # 每个工作目录杀这么多次，再跑到底检查一次
-TIMING = ("tokens_per_second", "mfu", "elapsed_seconds")  # 日志里只有这几个数每次不同
+TIMING = ("tokens_per_second", "elapsed_seconds")  # 日志里只有这几个数每次不同
 
 
 def build_corpus(folder, documents):
@@ -181,9 +181,8 @@ def phase(work_dir, start):
     step, is_train_row = last_step(work_dir / "train_log.jsonl", "loss")
     if step < 0 or modified(work_dir / "train_log.jsonl") < start:
         return "启动、载入"
-    if not is_train_row:  # 验证的损失已经记下，续写还没有
-        return "训练" if last_step(work_dir / "samples.jsonl", "text")[0] == step else "验证"
-    return "验证" if step % EVAL_STEPS == 0 else "训练"
+    # 第 5k 步做完，先验证，再记这一步的日志：日志停在第 5k - 1 步的时间，大半是在验证
+    return "验证" if not is_train_row or step % EVAL_STEPS == EVAL_STEPS - 1 else "训练"
 
 
 def wait_for(run, work_dir, start, wanted, occurrence, deadline=300):

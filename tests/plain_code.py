@@ -155,10 +155,7 @@ def is_table(statement):
     value = getattr(statement, "value", None)
     if isinstance(value, (ast.Dict, ast.List, ast.Tuple, ast.Set)):
         return True
-    for call in ast.walk(statement):
-        if isinstance(call, ast.Call) and len(call.keywords) > 3:
-            return True
-    return False
+    return any(isinstance(call, ast.Call) and len(call.keywords) > 3 for call in ast.walk(statement))
 
 
 def longest_line(tree):

@@ -49,22 +49,17 @@ def server():
         httpd.shutdown()
 
 
-def test_presets_and_model_are_the_ones_that_are_trained():
-    column = {"full": 3, "demo": -1}
+def test_presets_and_model_are_the_ones_that_are_trained(monkeypatch):
     for preset, values in doctor.PRESETS.items():
-        trained = {row[0]: row[column[preset]] for row in a100_train.SETTINGS}
-        for name in (
-            "vocab_size",
-            "n_layer",
-            "n_embd",
-            "n_head",
-            "block_size",
-            "batch_size",
-            "effective_batch_size",
-        ):
-            assert values[name] == trained[name], (preset, name)
+        monkeypatch.setattr(sys, "argv", ["a100_train.py", "--preset", preset])
+        trained = a100_train.read_settings()
+        for name in ("n_layer", "n_embd", "n_head", "block_size", "effective_batch_size"):
+            assert values[name] == getattr(trained, name), (preset, name)
+        assert values["vocab_size"] == a100_train.VOCAB_SIZE[preset]
+        assert values["batch_size"] == min(48, trained.effective_batch_size)  # 显存够时的微批量
+        assert values["steps"] == (trained.max_steps or 11_838)
     values = doctor.PRESETS["demo"]
-    trained = a100_train.build_model(SimpleNamespace(**values, attn="sdpa", liger=False, seed=0)).eval()
+    trained = a100_train.build_model(SimpleNamespace(**values, attn="sdpa", seed=0)).eval()
     model = doctor.new_model(values).eval()
     model.load_state_dict(trained.state_dict())
     tokens = torch.randint(4, 3000, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -113,7 +108,7 @@ def test_disk(tmp_path, monkeypatch):
 
 
 def test_versions(tmp_path, monkeypatch):
-    """太旧、没装：不行；比试过的更新：注意；别的平台的不看。"""
+    """太旧、没装：不行；比试过的更新、只为下载的没装：注意；别的平台的不看。"""
     found = {"torch": "2.4.0+cu121", "transformers": "6.0.1", "accelerate": "1.15.0", "bitsandbytes": "0.40"}
 
     def version(name):
@@ -125,11 +120,11 @@ def test_versions(tmp_path, monkeypatch):
     path = tmp_path / "requirements.txt"
     path.write_text(
         "# 说明\n\ntorch>=2.6,<2.14   # 张量\ntransformers>=5.0,<6\naccelerate>=1.1,<2\npyarrow>=18\n"
-        'datasets>=4\nbitsandbytes>=0.45; python_version > "3"\nfoo>=1; python_version < "3"\n',
+        'datasets>=4\nbitsandbytes>=0.45; python_version > "3"\nfoo>=1; python_version < "3"\nsocksio>=1\n',
         encoding="utf-8",
     )
     lines = [line for line in doctor.examine_versions(path) if "有驱动" not in line[1]]
-    assert [level for level, _ in lines] == ["不行", "注意", "不行", "不行", "不行", "正常"]
+    assert [level for level, _ in lines] == ["不行", "注意", "不行", "不行", "不行", "注意", "正常"]
     assert "torch 2.4.0+cu121" in lines[0][1] and "accelerate 1.15.0" in lines[-1][1]
     assert "foo" not in str(lines)
 
@@ -238,7 +233,7 @@ def test_cards(monkeypatch, name, capability, architectures, words):
         assert level == doctor.OK
 
 
-def test_architectures_as_torch_sees_them():
+def test_architectures_as_torch_sees_them(monkeypatch):
     """哪些卡能跑哪些代码，与 torch 自己的表一样（Jetson 一类的板子除外：7.2、8.7、10.1 不与同代的显卡通用）。"""
     if not hasattr(torch.cuda, "_code_compatible_with_device"):
         pytest.skip("这个版本的 torch 没有这张表")
@@ -264,6 +259,8 @@ def test_architectures_as_torch_sees_them():
     assert doctor.torch_has_code_for((13, 0), ["sm_90a", "compute_120"])  # 中间代码，更新的卡也行
     assert not doctor.torch_has_code_for((9, 0), ["sm_100", "compute_120"])
     assert not doctor.torch_has_code_for((8, 0), [])
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert doctor.torch_has_code_for((9, 0), ["gfx90a"])
 
 
 @pytest.mark.parametrize("missing", ["nothing", "g++", "triton", "Python.h"])

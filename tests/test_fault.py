@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import fault_injection
 import pytest
@@ -87,8 +88,6 @@ def test_killed_while_writing_a_checkpoint(work, finished, no_plot, step, writte
             (folder / name).unlink(missing_ok=True)
         past |= name == written
     (folder / written).write_bytes((folder / written).read_bytes()[:1000])
-    log = work / "train_log.jsonl"
-    log.write_bytes(log.read_bytes()[:-20])  # 最后一行也只写了一半
     call(a100_train, "--work_dir", work, *TINY)
     assert fault_injection.differences(finished, work) == []
 
@@ -164,29 +163,79 @@ def test_deadline_leaves_time_to_save(monkeypatch):
             signal.signal(which, handler)
 
 
-def test_signal_during_the_vote_is_not_lost(monkeypatch, tmp_path):
-    """几个进程正在商量停不停（各自已交出“不停”）时来了信号：这一步照商量好的继续，下一次商量就停。"""
+@pytest.fixture
+def stop(tmp_path):
+    """一个 StopRequest；它接管的信号，测完还回去。"""
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = a100_train.StopRequest(
-            argparse.Namespace(
-                max_hours=None, snapshots=False, total_steps=9, work_dir=tmp_path, parameters=1
-            )
-        )
-        monkeypatch.setattr(
-            a100_train.accelerate.utils,
-            "gather_object",
-            lambda votes: (stop.request(signal.SIGTERM, None), votes)[1],
-        )
-        state = transformers.TrainerState(global_step=3)
-        for expected in (False, True):
-            control = transformers.TrainerControl()
-            stop.on_step_end(None, state, control)
-            assert control.should_training_stop is control.should_save is expected
-        assert stop.reason == signal.SIGTERM
-    finally:
-        for which, handler in handlers.items():
-            signal.signal(which, handler)
+    yield a100_train.StopRequest(argparse.Namespace(max_hours=None, work_dir=tmp_path, parameters=1))
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
+
+
+def after_step(stop, step):
+    """第 step 步做完以后，Trainer 得到的指示：(停不停, 存不存)。"""
+    control = transformers.TrainerControl()
+    stop.on_step_end(None, transformers.TrainerState(global_step=step), control)
+    return control.should_training_stop, control.should_save
+
+
+def test_several_processes_vote_at_every_step(stop, monkeypatch):
+    """几个进程每一步都商量（torchrun 只等 30 秒）；一个要停，就都停在这一步。一个进程不必商量。"""
+    votes, others = [], [False]
+    monkeypatch.setattr(
+        a100_train.accelerate.utils, "gather_object", lambda mine: votes.append(mine) or mine + others
+    )
+    assert after_step(stop, 1) == (False, False) and votes == []
+    monkeypatch.setattr(a100_train, "WORLD_SIZE", 2)
+    for step in range(1, 8):
+        assert after_step(stop, step) == (False, False)
+    assert votes == [[False]] * 7
+    others[:] = [True]
+    assert after_step(stop, 8) == (True, True)
+    assert stop.exit_code == 0, "信号是别的进程收到的"
+
+
+def test_signal_during_the_vote_is_not_lost(stop, monkeypatch):
+    """几个进程正在商量停不停（各自已交出“不停”）时来了信号：这一步照商量好的继续，下一步就停。"""
+    monkeypatch.setattr(a100_train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(
+        a100_train.accelerate.utils,
+        "gather_object",
+        lambda votes: (stop.request(signal.SIGTERM, None), votes)[1],
+    )
+    assert after_step(stop, 3) == (False, False)
+    assert after_step(stop, 4) == (True, True)
+    assert stop.exit_code == 128 + signal.SIGTERM
+
+
+# ==== 日志 ====
+
+
+def test_killed_between_writing_aside_and_renaming(work, monkeypatch):
+    """日志写在旁边，还没有改名就被杀：原来的 train_log.jsonl 一个字节也不少。"""
+    names = ("train_log.jsonl", "samples.jsonl", "generation_samples.md", "config.json")
+    before = {name: (work / name).read_bytes() for name in names}
+    replace, killed = Path.replace, []
+
+    def kill(path, target):
+        killed.append(target.name)
+        assert path.read_text("utf-8") != "", "旁边的一份已经写完"
+        raise KeyboardInterrupt
+
+    rows = [{"step": 1, "loss": 9.0, "tokens_per_second": 1.0}]
+    rows += [{"step": 1, "prompt": "甲", "text": "甲乙", "eval_loss": 9.0}]
+    monkeypatch.setattr(Path, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        a100_train.write_history(work, rows)
+    with pytest.raises(KeyboardInterrupt):
+        a100_train.write_json(work / "config.json", {"n_layer": 99})
+    assert killed == ["train_log.jsonl", "config.json"]
+    assert {name: (work / name).read_bytes() for name in names} == before
+    monkeypatch.setattr(Path, "replace", replace)
+    a100_train.write_history(work, rows)
+    assert read_jsonl(work / "train_log.jsonl") == rows[:1] and read_jsonl(work / "samples.jsonl") == rows[1:]
+    a100_train.write_json(work / "config.json", {"n_layer": 99})
+    assert fault_injection.temporary_files(work) == [], "旁边的一份没有留下"
 
 
 # ==== 密钥，和文件里的代码 ====

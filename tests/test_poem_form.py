@@ -140,6 +140,7 @@ def test_nats_of_a_model_that_knows_nothing():
     uniform = math.log(len(tokenizer))
     assert losses["all"] == pytest.approx(uniform * (len(ids) + 1) / len(text), abs=1e-3)
     han = sum(poem_form.is_body_han(tokenizer.convert_ids_to_tokens(ids)))
+    assert losses["tagged"] == pytest.approx(uniform * (len(ids) + 1) / (len(text) - 2 + 3), abs=1e-3)
     assert losses["body_han"] == pytest.approx(uniform * han / 85, abs=1e-3)
 
 
@@ -152,6 +153,7 @@ def test_runs_on_a_small_model(tmp_path):
         pq.write_table(rows, folder / "corpus" / f"{split}-00000.parquet")
     call(poem_form, "--work_dir", folder, "--poems", 2, "--output", tmp_path / "form")
     result = json.loads((tmp_path / "form.json").read_text(encoding="utf-8"))
+    assert result["held_out"]["poems"] == 3  # 没有正文的不算，标题长的也算
     assert result["poems"] == 2 and result["real"]["recited"] == 1
     assert [row["step"] for row in result["snapshots"]] == sorted(tiny_run.STEPS)
     assert (tmp_path / "form.png").stat().st_size > 10_000

@@ -41,7 +41,8 @@ def chosen(monkeypatch, tmp_path):
         machine(monkeypatch, tmp_path, **kind)
         monkeypatch.setattr(sys, "argv", ["a100_train.py", *map(str, argv)])
         s = a100_train.read_settings()
-        a100_train.choose_machine(s)
+        a100_train.choose_device(s)
+        a100_train.choose_speed(s)
         a100_train.choose_packages(s)
         return s
 
@@ -294,7 +295,7 @@ def test_unused_cards_are_named(tmp_path, monkeypatch, capsys, world, said):
         a100_train, "Path", lambda p: tmp_path / "gpus" if p == "/proc/driver/nvidia/gpus" else path(p)
     )
     monkeypatch.setattr(a100_train, "WORLD_SIZE", world)
-    s = SimpleNamespace(work_dir=tmp_path, parameters=1, snapshots=True, device="cuda")
+    s = SimpleNamespace(work_dir=tmp_path, parameters=1, snapshots=True, device="cuda", report_to="none")
     a100_train.prepare_process(s, None)
     assert ("torchrun --nproc_per_node=3 a100_train.py" in capsys.readouterr().out) == said
 
