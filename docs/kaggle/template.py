@@ -136,7 +136,9 @@ from a100_train import (
     choose,
     flash_attn_imports,
     compiler_is_complete,
-    choose_machine,
+    choose_device,
+    choose_speed,
+    peak_flops,
 )
 
 # %%
@@ -172,7 +174,8 @@ def check_machine(s):
     s.processes = PROCESSES or cards or 1
     if s.effective_batch_size % s.processes:
         fail(f"有效批量 {s.effective_batch_size} 不能平分给 {s.processes} 个进程；改 PROCESSES")
-    choose_machine(s)
+    choose_device(s)
+    choose_speed(s)
     print(f"{s.device_name}，torch {torch.__version__}，{s.precision}，{s.processes} 个进程")
     if cards == 1 and KAGGLE.is_dir():
         print("只有一张显卡；选 GPU T4 x2 会快近一倍")
@@ -413,7 +416,8 @@ def train_worker():
     transformers.utils.logging.disable_progress_bar()
     s = argparse.Namespace(**json.loads((TEMP / "settings.json").read_text(encoding="utf-8")))
     s.work_dir = Path(s.work_dir)
-    choose_machine(s)
+    choose_device(s)
+    choose_speed(s)
     derive(s)
     if room() < 36 * s.parameters:
         fail(
