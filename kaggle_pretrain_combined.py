@@ -1405,18 +1405,20 @@ def train_worker():
 
 # %%
 def worker_source():
-    """训练进程要运行的格子，原样连起来；不在 notebook 里，就从本文件取。! 和 % 开头的行是 notebook 的命令，换成 pass。"""
+    """训练进程要运行的格子，原样连起来。! 和 % 开头的行是 notebook 的命令，换成 pass。"""
     if "ipykernel" in sys.modules:
         import IPython
 
-        source = "\n# %%\n".join(IPython.get_ipython().user_ns["In"])  # 运行过的格子
+        cells = IPython.get_ipython().history_manager.input_hist_raw  # 运行过的格子
+        source = "\n# %%\n".join(cells)
     else:
         source = Path(__file__).read_text(encoding="utf-8")
-    text = "train_worker()\n"
-    for cell in reversed(re.split(r"(?m)^# %%.*$", source)):
-        if cell.strip().startswith("# 训练进程也运行这一格"):
-            text = re.sub(r"(?m)^( *)[!%].*", r"\1pass", cell) + "\n" + text
-    return text
+    source = re.sub(r"(?m)^( *)[!%].*", r"\1pass", source)
+    kept = []
+    for cell in re.split(r"(?m)^# %%.*$", source):
+        if re.match(r"(pass|\s)*# 训练进程也运行这一格", cell):
+            kept.append(cell)
+    return "\n".join(kept) + "\ntrain_worker()\n"
 
 
 def run_processes(s):

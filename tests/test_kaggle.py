@@ -337,7 +337,7 @@ def test_worker_source(kaggle, tmp_path, monkeypatch):
     source = kaggle.worker_source.__globals__["__file__"] = str(tmp_path / "script.py")
     mark = "# 训练进程也运行这一格"
     cells = [
-        f"{mark}\n%matplotlib inline\na = 1\nif a:\n    !pip list\n",
+        f"%%time\n{mark}\n%matplotlib inline\na = 1\nif a:\n    !pip list\n",
         "# 自己加的\na = 2\n",
         f"{mark}\na += 10\n",
     ]
@@ -455,7 +455,8 @@ def two_sessions(tmp_path_factory):
                 shutil.copytree(runs[0][0], tree / "input" / "notebooks" / "me" / "earlier" / "gpt2-chinese")
             notebook = as_notebook(edited(SOURCE, tree, MAX_HOURS=hours), pasted=bool(runs))
             if not runs:  # 有人在格子里加了 notebook 的命令
-                notebook.cells[2].source += "\n%matplotlib inline\n!echo 你好"
+                notebook.cells[2].source = "%%time\n" + notebook.cells[2].source
+                notebook.cells[6].source += "\n%matplotlib inline\n!echo 你好"
             monkeypatch.chdir(folder)
             execute(notebook, monkeypatch)
             runs.append((tree / "working" / "gpt2-chinese", notebook))
