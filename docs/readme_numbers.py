@@ -37,10 +37,9 @@ def read(name):
             row = json.loads(line)
             rows.setdefault(str(row.get("step", "settings")), {}).update(row)
         return rows
-    if path.suffix == ".py":  # 各选项的默认值：SETTINGS 表里的一行，或一句 add("--名字", …, default=数)
+    if path.suffix == ".py":  # 各选项的默认值：add("--名字", …, default=数)
         text = path.read_text(encoding="utf-8")
-        table = re.findall(r'^    \("(\w+)", ([\d.]+),', text, re.M)
-        return dict(table + re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))
+        return dict(re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))
     if path.suffix == ".log":  # 整理语料时打印的计数：名字，后面是各来源的数；这里取合计
         text = path.read_text(encoding="utf-8").partition("\n写好 ")[0]
         return {
@@ -142,9 +141,10 @@ def log_line(step):
     config, row = read("results/demo/config.json"), read("results/demo/train_log.jsonl")[step]
     total, speed = config["total_steps"], row["tokens_per_second"]
     seconds = (total - int(step)) * config["effective_batch_size"] * config["block_size"] / speed
+    mfu = f"MFU {row['mfu']:.0%} | " if "mfu" in row else ""  # 不认识的显卡和 CPU 没有
     return (
         f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
-        f"MFU {speed * config['flops_per_token'] / 312e12:.0%} | 剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
+        f"{mfu}剩余 {seconds / 60:.1f} 分钟` <!-- 日志 {step} -->"
     )
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, call, environment, error_of
+from conftest import ROOT, call, defaults, environment, error_of
 
 import a100_train
 import doctor
@@ -49,22 +49,24 @@ def server():
         httpd.shutdown()
 
 
-def test_presets_and_model_are_the_ones_that_are_trained():
-    column = {"full": 3, "demo": -1}
+def test_presets_and_model_are_the_ones_that_are_trained(monkeypatch):
     for preset, values in doctor.PRESETS.items():
-        trained = {row[0]: row[column[preset]] for row in a100_train.SETTINGS}
+        trained = vars(defaults(preset))
         for name in (
             "vocab_size",
             "n_layer",
             "n_embd",
             "n_head",
             "block_size",
-            "batch_size",
             "effective_batch_size",
         ):
             assert values[name] == trained[name], (preset, name)
+        s = SimpleNamespace(**trained, device="cpu" if preset == "demo" else "cuda", parameters=82_066_944)
+        card = SimpleNamespace(total_memory=42e9)  # A100
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, card=card: card)
+        assert values["batch_size"] == a100_train.choose_batch_size(s)
     values = doctor.PRESETS["demo"]
-    trained = a100_train.build_model(SimpleNamespace(**values, attn="sdpa", liger=False, seed=0)).eval()
+    trained = a100_train.build_model(SimpleNamespace(**values, attn="sdpa", seed=0)).eval()
     model = doctor.new_model(values).eval()
     model.load_state_dict(trained.state_dict())
     tokens = torch.randint(4, 3000, (4, 64), generator=torch.Generator().manual_seed(0))
