@@ -37,9 +37,10 @@ def read(name):
             row = json.loads(line)
             rows.setdefault(str(row.get("step", "settings")), {}).update(row)
         return rows
-    if path.suffix == ".py":  # 各选项的默认值：add("--名字", …, default=数)
+    if path.suffix == ".py":  # 各选项的默认值：表里的一行 ("名字", 数, …)，或一句 add("--名字", …, default=数)
         text = path.read_text(encoding="utf-8")
-        return dict(re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))
+        table = re.findall(r'^    \("(\w+)", ([\d.]+),', text, re.M)
+        return dict(table + re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))
     if path.suffix == ".log":  # 整理语料时打印的计数：名字，后面是各来源的数；这里取合计
         text = path.read_text(encoding="utf-8").partition("\n写好 ")[0]
         return {

@@ -135,6 +135,7 @@ def test_options_named_in_the_text_exist():
         for path in (ROOT / folder).glob("*.py")
     )
     known = OTHERS | set(re.findall(r'"--(\w+)"', scripts))
+    known |= set(re.findall(r'^    \("(\w+)", ', scripts, re.M))
     named = {name.removeprefix("no-") for name in options_in(README)}
     assert named <= known, named - known
 
