@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, call, defaults, environment, error_of
+from conftest import ROOT, call, environment, error_of
 
 import a100_train
 import doctor
