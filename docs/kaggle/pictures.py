@@ -44,7 +44,7 @@ def take_pictures(page):
     driver.get(page.as_uri())
     driver.execute_script("""
         for (const box of document.querySelectorAll('.jp-InputArea-editor .highlight pre'))
-            if (box.scrollHeight > 500) { box.style.maxHeight = '130px'; box.style.overflow = 'hidden'; }
+            if (box.scrollHeight > 900) { box.style.maxHeight = '130px'; box.style.overflow = 'hidden'; }
         for (const box of document.querySelectorAll('.jp-OutputArea')) {
             const outputs = [...box.children];
             outputs.slice(16, -10).forEach((each, i) =>
@@ -56,8 +56,9 @@ def take_pictures(page):
             """
             const cells = [...document.querySelectorAll('.jp-Cell')];
             const first = cells.findIndex(cell => cell.contains(arguments[0]));
+            let next = cells.findIndex((cell, i) => i > first && cell.querySelector('h2'));
             cells.forEach((cell, i) =>
-                cell.style.display = i == first || i == first + 1 ? '' : 'none');""",
+                cell.style.display = i >= first && i < next ? '' : 'none');""",
             heading,
         )
         driver.find_element(By.TAG_NAME, "main").screenshot(str(HERE / name))

@@ -254,6 +254,7 @@ from prepare_corpus import (
     BOILERPLATE,
     INVISIBLE,
     RULES,
+    COMPILED,
     POEM,
     CHANGES,
     unescape,
