@@ -115,10 +115,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-START = time.time()
+
 # torchrun 启动几个进程，每个进程从这两个环境变量知道自己是几号、一共几个；单独运行就是 0 号，一共 1 个
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+START = time.time()
 PAD, BOS, EOS = 0, 2, 3  # 三个特殊 token 的编号：补齐、开头、一篇的结束（</s>）
 PROMPTS = ["中国的历史", "人工智能是", "今天天气", "在科学研究中", "教育的目的"]
 # 续写时怎样抽下一个 token：温度 0.8 让分数高的更占优；top-p 只在概率最大、合计 95 % 的 token 里抽
@@ -143,26 +144,12 @@ LEARNING_RATE = {
     "muon": {"full": 3e-3, "demo": 1.6e-2},
     "adamw": {"full": 3e-4, "demo": 3e-3},
 }
-
-
 WARMUP = 0.05  # 预热占全程的几分之几
 WEIGHT_DECAY = 0.1  # 每步把矩阵缩小 学习率 × 0.1，免得权重越长越大
 BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
 # 改了其中一样，就是另一次训练，不能接着旧的检查点
 RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
 RECIPE += ["max_steps", "optim", "learning_rate", "muon_learning_rate", "seed"]
-# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H20": 148,
-    "4090": 165,
-    "3090": 71,
-    "T4": 65,
-    "V100": 125,
-}
 
 
 def choose(option, asked, possible):
@@ -174,8 +161,7 @@ def choose(option, asked, possible):
     return asked
 
 
-def choose_machine(s):
-    """设备、精度、注意力……实际用什么。"""
+def choose_device(s):
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.insert(0, "cuda")
@@ -187,32 +173,71 @@ def choose_machine(s):
     if s.device == "cuda":
         s.device_name = torch.cuda.get_device_name()
         capability = torch.cuda.get_device_capability()
+    s.ampere = capability >= (8, 0)  # A100 那一代，或更新的
 
+
+def choose_speed(s):
+    """精度、注意力、编译：这张卡上快而可靠的。"""
     # 一个数占几位。fp32 是 4 字节。bf16 是 2 字节：位数少，范围与 fp32 一样，矩阵乘快得多。
     # fp16 也是 2 字节，但超过 65,504 就溢出，要 GradScaler 把那一步跳过；T4、V100 用它
     precisions = ["fp32"]
     if s.device == "cuda":
         precisions.insert(0, "fp16")
-    if capability >= (8, 0):  # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
+    if s.ampere:  # 不问 is_bf16_supported()：T4 上靠模拟也说 True，却慢得没法用
         precisions.insert(0, "bf16")
     s.precision = choose("precision", s.asked_precision, precisions)
 
     # TF32：fp32 的矩阵乘只取 19 位来算，快，舍入大一点。bf16、fp16 时矩阵乘已经是 2 字节的，用不上它
-    tf32 = capability >= (8, 0) and s.precision == "fp32"
-    s.tf32 = choose("tf32", s.asked_tf32, [tf32, False])
+    tf32 = [False]
+    if s.ampere and s.precision == "fp32":
+        tf32 = [True, False]
+    s.tf32 = choose("tf32", s.asked_tf32, tf32)
 
     # FlashAttention 分块算注意力，不存 T × T 的矩阵。torch 的 SDPA 里也有它的核，所以没有 flash-attn 包也行
     attentions = ["sdpa", "eager"]
-    if capability >= (8, 0) and s.precision != "fp32" and flash_attn_imports():
+    if s.ampere and s.precision != "fp32" and flash_attn_imports():
         attentions.insert(0, "flash_attention_2")
     s.attn = choose("attn", s.asked_attn, attentions)
 
-    # torch.compile 先花一两分钟，把模型编译成融合的核（在显卡上运行的小程序）；以后每步少读写几遍显存
-    possible = compiler_is_complete(s.device)
-    trusted = capability >= (8, 0) and not torch.__version__.startswith(
-        "2.10."
-    )  # 2.10 在别人的 A100 上出过 NaN
-    s.compile = choose("compile", s.asked_compile, [possible and trusted, False, possible])
+    # torch.compile 先花一两分钟，把模型编译成融合的核（在显卡上运行的小程序）；以后每步少读写几遍显存。
+    # torch 2.10 的 compile 在别人的 A100 上出过 NaN，所以那一版不自动打开
+    compiling = [False]
+    if compiler_is_complete(s.device):
+        compiling = [False, True]
+        if s.ampere and not torch.__version__.startswith("2.10."):
+            compiling = [True, False]
+    s.compile = choose("compile", s.asked_compile, compiling)
+
+
+# 稠密矩阵乘的峰值（TFLOP/s，bf16；T4、V100 是 fp16），来自各显卡的官方规格
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H800": 989,
+    "H200": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "A10": 125,
+    "L40S": 362,
+    "L4": 121,
+    "4090 D": 147,
+    "4090": 165,
+    "3090": 71,
+    "T4": 65,
+    "V100-PCIE": 112,
+    "V100": 125,
+}
+
+
+def peak_flops(name):
+    """名叫 name 的显卡每秒浮点运算次数的峰值；表里没有的，返回 None。"""
+    if "Laptop" in name or "MIG" in name:  # 笔记本里的、切成几份的，名字相同，慢得多
+        return None
+    for card, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{card}\b", name):  # \b 是词的边界：找 A10 不会找到 A100
+            return tflops * 1e12
+    return None
 
 
 def fail(message):
@@ -231,9 +256,12 @@ def flash_attn_imports():
 
 def compiler_is_complete(device):
     """torch.compile 要 C++ 编译器和 Python.h；显卡上还要 triton。"""
+    if shutil.which("g++") is None:
+        return False
+    if device == "cuda" and find_spec("triton") is None:
+        return False
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
-    triton = device == "cpu" or find_spec("triton")
-    return bool(shutil.which("g++") and os.path.isfile(header) and triton)
+    return os.path.isfile(header)
 
 
 # %%
@@ -269,7 +297,8 @@ def check_machine(s):
     s.processes = PROCESSES or cards or 1
     if s.effective_batch_size % s.processes:
         fail(f"有效批量 {s.effective_batch_size} 不能平分给 {s.processes} 个进程；改 PROCESSES")
-    choose_machine(s)
+    choose_device(s)
+    choose_speed(s)
     print(f"{s.device_name}，torch {torch.__version__}，{s.precision}，{s.processes} 个进程")
     if cards == 1 and KAGGLE.is_dir():
         print("只有一张显卡；选 GPU T4 x2 会快近一倍")
@@ -303,7 +332,11 @@ def is_complete(checkpoint):
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         safetensors.torch.load_file(checkpoint / "model.safetensors")
-        for path in [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt*")]:
+        for path in [
+            checkpoint / "optimizer.pt",
+            checkpoint / "scheduler.pt",
+            *checkpoint.glob("rng_state*.pth"),
+        ]:
             if zipfile.ZipFile(path).testzip():
                 return False
     except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
@@ -385,7 +418,6 @@ restore(s)
 # 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
 
-
 SEED = 42
 SHORTEST = 4  # 少于 4 个字的文档不要
 LETTERS = 0.3  # 开头的 300 个字符里，字和字母不到三成的文档不要
@@ -399,63 +431,6 @@ PLACES = {  # 从哪里下载，依次试
     "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
     "mirror": "https://hf-mirror.com",
     "modelscope": "https://modelscope.cn",
-}
-
-
-# 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
-TAG = (
-    r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|"
-    r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
-    r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>"
-)
-# 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
-BOILERPLATE = (
-    r"(?m)([\n。！？!?…）)”])[ \t\u3000]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
-    r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
-    r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
-    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
-    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$"
-)
-INVISIBLE = (
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
-    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
-)
-
-
-def unescape(match):
-    return html.unescape(match[0]).replace("\xa0", " ")
-
-
-RULES = [  # (步骤, 找什么, 换成什么)，从上到下依次做
-    ("replaced_u2581", "\u2581", " "),
-    ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
-    ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
-    ("html", TAG, ""),
-    ("html", r"(?a)&#?\w{1,31};", unescape),
-    ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
-    ("invisible", INVISIBLE, ""),
-    ("invisible", "\u200d(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\u200d)", ""),  # 不拆表情
-    ("boilerplate", r"\[(?:视频|图片|动图)\]", ""),
-    ("boilerplate", BOILERPLATE, r"\1"),
-    ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
-]
-
-
-# --poems 只要这样的诗：全是汉字和平常的标点。校注用各种括号、数字、字母，缺的字写成 □
-POEM = r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff，。！？；：、·“”‘’…—\s]+"
-CHANGES = {
-    "html": "HTML 标签和实体",
-    "invisible": "零宽、控制字符",
-    "boilerplate": "网页套话",
-    "blank_lines": "连续空行",
-    "replaced_u2581": "▁ 换成空格",
-    "empty": "空的文档",
-    "short": "太短的文档",
-    "not_text": "大半不是文字的文档",
-    "not_a_poem": "有注释、缺字的诗",
-    "unreadable": "读不懂的行",
-    "bad_bytes": "解不开的字节",
-    "left_out": "没有读的文件",
 }
 
 
@@ -495,6 +470,61 @@ def demo_documents():
             if source == "news":
                 line = "".join(word.rpartition("/")[0] for word in line.split())
             yield source, line
+
+
+# 标签的属性要有等号，否则“a<b 且 c>d”也成了标签
+TAG = (
+    r"(?i)</?(?:[abipsu]|br|hr|h[1-6]|big|blockquote|cite|center|code|del|div|em|fig\w+|font|iframe|img|"
+    r"ins|li|noscript|ol|pre|small|span|strike|strong|su[bp]|svg|table|t[dhr]|tbody|thead|ul|video)"
+    r"(?:\s[^<>=]{0,100}=[^<>]{0,2000})?\s*/?>"
+)
+# 知乎网页上拷下来的套话。只认单独成行的，或紧跟在句末标点后面、后面再没有字的
+BOILERPLATE = (
+    r"(?m)([\n。！？!?…）)”])[ \t\u3000]*(?:(?:编辑|发布)于[ :：]*\d{4}[-年./]\d{1,2}[-月./]\d{1,2}日?"
+    r"(?:[ ,，]*\d{1,2}:\d{2})?(?:[ ・·]*IP 属地\S{2,6})?(?:[ ・·]*著作权归作者所有)?"
+    r"|[・·]?著作权归作者所有[。，, ]*(?:商业转载请联系作者获得授权)?[。，, ]*(?:非商业转载请注明出处)?[。.]?"
+    r"|链接：https?://\S*zhihu\.com/\S*|来源：知乎|https?://\S*zhihu\.com/z?video/\S*"
+    r"|视频加载中\S*|动图封面|(?:展开)?阅读全文)[ \t\u3000]*$"
+)
+INVISIBLE = (
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200c\u200e\u200f\u202a-\u202e"
+    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
+)
+
+
+def unescape(match):
+    return html.unescape(match[0]).replace("\xa0", " ")
+
+
+RULES = [  # (步骤, 找什么, 换成什么)，从上到下依次做
+    ("replaced_u2581", "\u2581", " "),
+    ("html", r"(?i)<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|figure|pre)\s*>", "\n"),
+    ("html", r"(?is)<(script|style)\b[^<>]{0,500}>.{0,2000}?</\1\s*>|<!--.{0,2000}?-->", ""),
+    ("html", TAG, ""),
+    ("html", r"(?a)&#?\w{1,31};", unescape),
+    ("invisible", "[\r\x0b\x0c\x85\u2028\u2029](?:(?<=\r)\n)?", "\n"),  # 各种换行
+    ("invisible", INVISIBLE, ""),
+    ("invisible", "\u200d(?<![\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\u200d)", ""),  # 不拆表情
+    ("boilerplate", r"\[(?:视频|图片|动图)\]", ""),
+    ("boilerplate", BOILERPLATE, r"\1"),
+    ("blank_lines", r"\n(?:[ \t\u3000\xa0]*\n){2,}", "\n\n"),
+]
+# --poems 只要这样的诗：全是汉字和平常的标点。校注用各种括号、数字、字母，缺的字写成 □
+POEM = r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff，。！？；：、·“”‘’…—\s]+"
+CHANGES = {
+    "html": "HTML 标签和实体",
+    "invisible": "零宽、控制字符",
+    "boilerplate": "网页套话",
+    "blank_lines": "连续空行",
+    "replaced_u2581": "▁ 换成空格",
+    "empty": "空的文档",
+    "short": "太短的文档",
+    "not_text": "大半不是文字的文档",
+    "not_a_poem": "有注释、缺字的诗",
+    "unreadable": "读不懂的行",
+    "bad_bytes": "解不开的字节",
+    "left_out": "没有读的文件",
+}
 
 
 def clean(text, poems=False):
@@ -650,8 +680,6 @@ prepare_corpus(s)
 # ## 6. 分词器：把文字切成词块（token）
 # 什么字符都不改，编码再解码一字不差；自检不过就停下。
 # %%
-
-
 # 编号 0–3：补齐、不认识、开头、文档结束；4–259 是 256 种字节；从 260 开始才是字和词
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # 词块里把空格写作 ▁
@@ -856,7 +884,7 @@ def pack(s):
         "train_tokens": int(counts.sum()),
         "eval_sources": sources,
         "unigram_entropy": float(-share @ np.log(share)),
-        "files": {path.name: path.stat().st_size for path in packed.glob("*.bin")},
+        "files": {path.name: path.stat().st_size for path in sorted(packed.glob("*.bin"))},
     }
     write_json(packed / "meta.json", meta)
 
@@ -891,7 +919,8 @@ class BlockStream(torch.utils.data.Dataset):
         start = self.order[index] * self.block_size
         end = start + self.block_size
         tokens = self.data[start : end + 1].astype(np.int64)
-        # 整个语料的最后一个 token 没有下一个：补一个 -100，cross_entropy 见了它就不计损失
+        # 错开一位，所以读 T + 1 个。语料的最后一块没有第 T + 1 个：末尾都先接上一个 -100 再截齐；
+        # cross_entropy 见了答案是 -100 的位置，不计它的损失
         tokens = np.append(tokens, -100)
         size = self.block_size
         return {"input_ids": tokens[:size], "labels": tokens[1 : size + 1]}
@@ -915,6 +944,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
     原版同时返回 logits，fp32 的一份就是 48 × 1,024 × 32,000 × 4 字节 = 6.3 GB 显存。
     """
 
+    _keys_to_ignore_on_save = ["lm_head.weight"]  # 与词向量是同一个矩阵，检查点里只存一份；读的时候不要提醒
     accepts_loss_kwargs = False  # 告诉 Trainer：损失已经是平均值。每块一样长，几个微批量再平均就是总的平均
 
     def forward(self, input_ids=None, labels=None, **kwargs):
@@ -965,7 +995,9 @@ def orthogonalize(matrix):
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    for _ in range(5):  # 每次：x ← 3.4445 x − 4.7750 (x xᵀ) x + 2.0315 (x xᵀ)² x
+    # 每次：x ← 3.4445 x − 4.7750 (x xᵀ) x + 2.0315 (x xᵀ)² x
+    # baddbmm(a, b, c, beta, alpha) 是 beta·a + alpha·(b @ c)
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
@@ -992,8 +1024,9 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["step"] = torch.tensor(0.0)  # AdamW 读检查点时，要每个参数都有 step
             state["momentum"] = torch.zeros_like(p)
+        # a.lerp(b, w) 是 (1 − w)·a + w·b
         state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95 %，新的梯度占 5 %
-        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov：把新的梯度再算进一点
+        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov：动量占 95 %，新的梯度再占 5 %
         parts = torch.stack(update.chunk(group["split"], dim=1))
         _, rows, columns = parts.shape
         update = torch.cat(orthogonalize(parts).unbind(), dim=1)
@@ -1040,6 +1073,7 @@ def held_out_loss(model, s):
     """
     data = np.fromfile(s.work_dir / "packed/eval.bin", np.uint16).astype(np.int64)
     tokens = torch.from_numpy(data).to(model.device)
+    # 输入是答案往后错一位：第一个答案前面放一个 </s>，好像前面刚结束一篇。末尾补齐成整块，补的不算
     padding = -len(tokens) % s.block_size
     inputs = F.pad(tokens[:-1], (1, padding), value=EOS)
     inputs = inputs.view(-1, s.block_size)
@@ -1147,8 +1181,11 @@ class Observer(transformers.TrainerCallback):
 
     def __init__(self, s):
         self.settings = s
+        self.trainer = None  # build_trainer 里填上：要用它的 log()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(s.work_dir / "tokenizer")
-        # 在终端里是进度条；写进文件或 notebook 时，改成至多约四十行
+        self.clock = time.perf_counter()  # 上一行日志的时刻和步数
+        self.logged_step = 0
+        # 在终端里是进度条；写进文件或 notebook 时，改成至多约四十行：11,838 步有 1,184 行日志，每 30 行印一行
         self.bar = tqdm(total=s.total_steps, desc="训练", unit="步", file=sys.stdout, disable=None)
         logs = s.total_steps / s.logging_steps
         self.print_steps = s.logging_steps * math.ceil(logs / 40)
@@ -1172,7 +1209,7 @@ class Observer(transformers.TrainerCallback):
         start = time.perf_counter()
         s = self.settings
         step = state.global_step
-        metrics = held_out_loss(model.eval(), s)
+        metrics = held_out_loss(model.eval(), s)  # 下一步开始时，Trainer 会换回 train()
         loss = metrics["eval_loss"]
         tqdm.write(
             f"\n── 第 {step} 步的验证：损失 {loss:.3f}，每字比特 {metrics['eval_bits_per_char']:.3f} ──"
@@ -1181,7 +1218,7 @@ class Observer(transformers.TrainerCallback):
             row = {"eval_loss": loss, "prompt": prompt, "step": step, "text": text}
             state.log_history.append(row)
             tqdm.write(f"    {' '.join(text.split())}")
-        self.trainer.log(metrics)
+        self.trainer.log(metrics)  # 记进 log_history，告诉 tensorboard 等，再叫下面的 on_log
         self.clock += time.perf_counter() - start  # 验证的时间不算在训练里
 
     def on_log(self, args, state, control, logs, **kwargs):
@@ -1206,15 +1243,14 @@ class Observer(transformers.TrainerCallback):
         logs["elapsed_seconds"] = round(elapsed + seconds, 2)
         line = f"loss {logs['loss']:.2f} | lr {logs['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s"
         # MFU（model FLOPs utilization）：用上的浮点运算，占这些卡峰值的几分之几；不认识的卡就不记
-        for card, tflops in PEAK_TFLOPS.items():
-            if re.search(rf"\b{card}\b", s.device_name):
-                peak = tflops * 1e12 * WORLD_SIZE
-                logs["mfu"] = round(speed * s.flops_per_token / peak, 4)
-                line += f" | MFU {logs['mfu']:.0%}"
+        peak = peak_flops(s.device_name)
+        if peak:
+            logs["mfu"] = round(speed * s.flops_per_token / (peak * WORLD_SIZE), 4)
+            line += f" | MFU {logs['mfu']:.0%}"
         state.log_history[-1].update(logs)
         self.bar.set_postfix_str(line)
         if self.bar.disable and (step == 1 or step % self.print_steps == 0):
-            minutes = (s.total_steps - step) / steps * seconds / 60
+            minutes = (s.total_steps - step) * s.tokens_per_step / speed / 60
             print(f"步 {step}/{s.total_steps} | {line} | 剩余 {minutes:.1f} 分钟")
 
 
@@ -1279,11 +1315,12 @@ def train(s, checkpoint):
     stop = StopRequest(s)
     trainer = build_trainer(s, stop)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
-        sys.exit(
-            f"错误：显存放不下微批量 {s.batch_size}；同一条命令加 --batch_size {s.batch_size // 2 or 1}，结果不变"
-        )
+        smaller = "--gradient_checkpointing"
+        if s.batch_size > 1:
+            smaller = f"--batch_size {s.batch_size // 2}"
+        sys.exit(f"错误：显存放不下微批量 {s.batch_size}；同一条命令加 {smaller}，结果不变")
     if RANK:
         os._exit(0)  # gloo（CPU 上的进程间通信）有时会卡住解释器的收尾
     step = trainer.state.global_step
@@ -1354,7 +1391,8 @@ def train_worker():
     transformers.utils.logging.disable_progress_bar()
     s = argparse.Namespace(**json.loads((TEMP / "settings.json").read_text(encoding="utf-8")))
     s.work_dir = Path(s.work_dir)
-    choose_machine(s)
+    choose_device(s)
+    choose_speed(s)
     derive(s)
     if room() < 36 * s.parameters:
         fail(
@@ -1367,18 +1405,20 @@ def train_worker():
 
 # %%
 def worker_source():
-    """训练进程要运行的格子，原样连起来；不在 notebook 里，就从本文件取。! 和 % 开头的行是 notebook 的命令，换成 pass。"""
+    """训练进程要运行的格子，原样连起来。! 和 % 开头的行是 notebook 的命令，换成 pass。"""
     if "ipykernel" in sys.modules:
         import IPython
 
-        source = "\n# %%\n".join(IPython.get_ipython().user_ns["In"])  # 运行过的格子
+        cells = IPython.get_ipython().history_manager.input_hist_raw  # 运行过的格子
+        source = "\n# %%\n".join(cells)
     else:
         source = Path(__file__).read_text(encoding="utf-8")
-    text = "train_worker()\n"
-    for cell in reversed(re.split(r"(?m)^# %%.*$", source)):
-        if cell.strip().startswith("# 训练进程也运行这一格"):
-            text = re.sub(r"(?m)^( *)[!%].*", r"\1pass", cell) + "\n" + text
-    return text
+    source = re.sub(r"(?m)^( *)[!%].*", r"\1pass", source)
+    kept = []
+    for cell in re.split(r"(?m)^# %%.*$", source):
+        if re.match(r"(pass|\s)*# 训练进程也运行这一格", cell):
+            kept.append(cell)
+    return "\n".join(kept) + "\ntrain_worker()\n"
 
 
 def run_processes(s):

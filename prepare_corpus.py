@@ -165,9 +165,10 @@ def read_sources(sources, args):
 
 # ==== 2. 读文件：文件 → 行 → 文字 ====
 
-# 一行里有哪几列，就按什么次序连成一篇。从上到下，各列都有的第一种算数；要认一种新的，就加一行
+# 一行里有哪几列，就按什么次序接成一篇。从上到下，各列都有的第一种算数；要认一种新的，就加一行
 SHAPE_LINES = """
 text
+prompt completion
 completion
 INSTRUCTION RESPONSE
 instruction input output
@@ -179,6 +180,8 @@ title desc answer
 title content
 title paragraphs
 rhythmic paragraphs
+chapter paragraphs
+paragraphs
 content
 text1
 """

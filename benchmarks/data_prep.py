@@ -126,7 +126,7 @@ def ours(text, tokenizer, work_dir, processes):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.cpu_count = lambda: {processes}\n"
         f"import a100_train; from pathlib import Path; from types import SimpleNamespace\n"
-        f"a100_train.pack(SimpleNamespace(work_dir=Path({str(work_dir)!r}), key=['', '']))"
+        f"a100_train.pack(SimpleNamespace(work_dir=Path({str(work_dir)!r}), data_fingerprint=['', '']))"
     )
     pack, _ = timed([sys.executable, "-c", code])
     meta = json.loads((work_dir / "packed/meta.json").read_text("utf-8"))

@@ -71,7 +71,7 @@ def forward_transformers(_):
             kwargs |= {"labels": labels, "shift_labels": labels, "use_cache": False}
         return original(self, input_ids, **kwargs)
 
-    a100_train.GPT2.forward = forward
+    a100_train.GPT2LMHeadModel.forward = forward
     after_build(lambda model: setattr(model, "loss_type", "ForCausalLM"))  # 否则损失小 1/T，还有一条警告
 
 

@@ -118,9 +118,7 @@ def model_settings(trial, work_dir):
         n_head=trial.width // 64,
         block_size=BLOCK_SIZE,
         attn="sdpa",
-        liger=False,
         seed=trial.seed,
-        batch_size=16,
         work_dir=work_dir,
     )
 

@@ -37,7 +37,9 @@ def read(name):
             row = json.loads(line)
             rows.setdefault(str(row.get("step", "settings")), {}).update(row)
         return rows
-    if path.suffix == ".py":  # 各选项的默认值：SETTINGS 表里的一行，或一句 add("--名字", …, default=数)
+    if (
+        path.suffix == ".py"
+    ):  # 各选项的默认值：表里的一行 ("名字", 数, …)，或一句 add("--名字", …, default=数)
         text = path.read_text(encoding="utf-8")
         table = re.findall(r'^    \("(\w+)", ([\d.]+),', text, re.M)
         return dict(table + re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))

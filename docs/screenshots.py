@@ -1,4 +1,4 @@
-"""README 里网页的截图：桌面 1280 像素宽，手机 390 像素宽（四个标签页拼成一张）。
+"""README 里网页的截图：桌面 1280 像素宽，手机 390 像素宽（六个标签页拼成一张）。
 
 apt-get install -y chromium chromium-driver fonts-noto-cjk
 python docs/screenshots.py --model gpt2-chinese          # 写 docs/images/space-*.png
@@ -23,8 +23,10 @@ import test_space  # noqa: E402
 TABS = {
     "generate": ("生成", "start", "output"),
     "growth": ("成长", "both", "growth-右"),
+    "training": ("训练中", None, "progress"),
     "pieces": ("分词", None, "pieces"),
     "next": ("下一个词", None, "bars"),
+    "inside": ("里面", None, "inside"),
 }
 
 
@@ -38,10 +40,17 @@ def shoot(browser, name, path, width):
         time.sleep(5)
     browser.execute_script("document.activeElement.blur(); scrollTo(0, 0)")
     if width > 500:
+        browser.set_window_size(width, 600)  # 上一页可能更高
         height = browser.execute_script("return document.querySelector('.gradio-container').scrollHeight")
         browser.set_window_size(width, height + 180)
     time.sleep(1)
     browser.save_screenshot(str(path))
+    save(Image.open(path), path)
+
+
+def save(picture, path):
+    """256 种颜色够了：文件小一半。"""
+    picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def side_by_side(paths, output):
@@ -53,9 +62,8 @@ def side_by_side(paths, output):
     for picture in pictures:
         canvas.paste(picture, (left, 0))
         left += picture.width + gap
-    canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS).save(
-        output, optimize=True
-    )
+    half = canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS)
+    save(half, output)
 
 
 def main():

@@ -1,10 +1,11 @@
-"""模型的网页：续写，看它怎样一步步长大，看分词，看下一个词是怎么选出来的。
+"""模型的网页：续写，看它怎样一步步长大，看训练到哪里了，看分词，看下一个词怎样选出来，看模型里面。
 
     pip install -r space/requirements.txt
     python space/app.py --model gpt2-chinese       # 然后用浏览器打开它打印的地址
 
 --model 是工作目录、其中的 final_model/，或 Hub 上的 名字/仓库。作为 Space 运行时没有参数，模型取自环境变量 MODEL_ID。
-还没训练完时，用最新的快照。模型在本机时不用网络；输入和续写都当文本显示，不当 HTML。
+还没训练完时，用最新的快照；刚开始训练、一份快照也没有，就只有“训练中”一页。
+模型在本机时不用网络；输入和续写都当文本显示，不当 HTML。
 """
 
 import argparse
@@ -60,7 +61,8 @@ STYLE = """
 #inside table { position: relative; margin-bottom: 32px; width: auto }
 #inside th, #inside td { border: 1px solid #8884; font-weight: normal; padding: 4px 12px }
 #inside table:first-of-type * { min-width: 20px; height: 20px; padding: 0 2px }
-#inside table:first-of-type tr:first-child th { max-width: 20px; word-break: break-all; vertical-align: bottom }
+#inside table:first-of-type tr:first-child th { max-width: 20px; vertical-align: bottom }
+#inside table:first-of-type tr:first-child th { word-break: break-all }
 #inside td:hover::after { content: attr(data-hint); position: absolute; left: 0; bottom: -28px }
 @media (max-width: 500px) { #inside table:first-of-type tr:first-child th { max-width: 9px }
   #inside table:first-of-type * { min-width: 9px; padding: 0; font-size: 9px } }
@@ -108,7 +110,7 @@ class Run:
         self.name = name
         self.lock = threading.Lock()
         self.home = find_home(name)
-        self.prompts = self.config().get("prompts", EXAMPLES)  # 训练途中续写用的开头
+        self.prompts = self.config().get("prompts") or EXAMPLES  # 训练途中续写用的开头
         self.snapshots = find_snapshots(self.home)
         # 能用的模型和它们的说明，从旧到新：各个快照，最后是训练好的。刚开始训练时一个也没有
         self.folders = [note["folder"] for note in self.snapshots]
@@ -196,8 +198,8 @@ def readable(run, ids):
 
 
 def names(run, ids):
-    """词块在词表里的写法；换行看不见，画成箭头。"""
-    return [piece.replace("\n", "⏎") for piece in run.tokenizer.convert_ids_to_tokens(ids)]
+    """词块在词表里的写法；换行是一个字节 <0x0A>，画成箭头。"""
+    return [piece.replace("<0x0A>", "⏎") for piece in run.tokenizer.convert_ids_to_tokens(ids)]
 
 
 @torch.inference_mode()
@@ -524,7 +526,7 @@ def inside_tab(run):
     gr.Markdown(INSIDE)
     config = run.model().config
     limit = min(MAX_PIECES, config.n_positions)
-    example = "今天天气很好，明天天气也很"
+    example = "今天天气很好，我们去图书馆看书；明天天气也很好，我们去"
     text = text_box("写点什么", example, "inside-text")
     stage = gr.Dropdown(run.captions, value=run.captions[-1], type="index", label="模型", elem_id="stage")
     with gr.Row():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, call
+from conftest import ROOT, call, defaults
 
 import a100_train
 import plot_loss
@@ -36,8 +36,10 @@ def settings(monkeypatch, *argv, **changes):
     """a100_train.py 的设置对象，有几项换成 changes。"""
     monkeypatch.setattr(sys, "argv", ["a100_train.py", "--device", "cpu", *argv])
     s = a100_train.read_settings()
-    a100_train.choose_speed(s)
-    vars(s).update(changes)
+    a100_train.choose_machine(s)
+    a100_train.choose_packages(s)
+    for name in changes:
+        setattr(s, name, changes[name])
     return s
 
 
@@ -53,7 +55,7 @@ def unpatched(monkeypatch):
         monkeypatch.setattr(a100_train, name, getattr(a100_train, name))
     for name in ("TrainingArguments", "GPT2Config"):
         monkeypatch.setattr(a100_train.transformers, name, getattr(a100_train.transformers, name))
-    for model in (a100_train.GPT2, transformers.GPT2Model):
+    for model in (a100_train.GPT2LMHeadModel, transformers.GPT2Model):
         monkeypatch.setattr(model, "forward", model.forward)
 
 
@@ -203,11 +205,7 @@ def test_three_contestants_do_the_same_steps(work_dir, monkeypatch, optimizer):
 
 
 def demo_config(**changes):
-    return (
-        {name: values[-1] for name, _, _, *values in a100_train.SETTINGS}
-        | {"optim": "muon", "learning_rate": a100_train.LEARNING_RATES["demo"][0], "total_steps": 1350}
-        | changes
-    )
+    return vars(defaults("demo")) | {"optim": "muon", "total_steps": 1350} | changes
 
 
 def test_committed_reference_is_todays_demo():

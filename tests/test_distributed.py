@@ -99,7 +99,7 @@ def test_two_processes_equal_one(one, work_dir, tmp_path):
     process = torchrun([*ARGUMENTS, "--vocab_size", 1500, "--work_dir", work])
     output = finish(process)
     assert process.returncode == 0 and "Traceback" not in output, output
-    for line in ("运行 train_tokenizer.py", "步 6/6 ", "验证 4 ", "完成。模型"):
+    for line in ("第 2 步，共 4 步", "步 6/6 ", "第 4 步的验证", "完成。模型"):
         assert output.count(line) == 1, line
     assert len(list((work / "checkpoints/checkpoint-6").glob("rng_state_*.pth"))) == 2
     assert (work / "packed/train.bin").read_bytes() == (one / "packed/train.bin").read_bytes()

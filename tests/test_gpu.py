@@ -14,8 +14,8 @@ SHAPE = dict(vocab_size=512, n_layer=2, n_embd=128, n_head=2, block_size=128)
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def model_on_gpu(attention="sdpa", liger=False):
-    return a100_train.build_model(argparse.Namespace(**SHAPE, attn=attention, liger=liger, seed=0)).cuda()
+def model_on_gpu(attention="sdpa"):
+    return a100_train.build_model(argparse.Namespace(**SHAPE, attn=attention, seed=0)).cuda()
 
 
 def batch():
@@ -82,14 +82,6 @@ def test_compile_equals_eager_mode():
     loss.backward()
     assert loss_a == pytest.approx(float(loss.detach()), abs=1e-3)
     assert close(gradient_a, torch.cat([p.grad.flatten() for p in model.parameters()]), 1e-2)
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="没有装 liger-kernel")
-def test_liger_equals_the_plain_loss():
-    (loss_a, gradient_a), (loss_b, gradient_b) = (
-        loss_and_gradient(model_on_gpu(liger=liger)) for liger in (False, True)
-    )
-    assert loss_a == pytest.approx(loss_b, abs=1e-3) and close(gradient_a, gradient_b, 1e-2)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="没有装 bitsandbytes")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import tiny_run
-from conftest import ROOT, call
+from conftest import ROOT, call, defaults
 
 import a100_train
 import doctor
@@ -20,8 +20,8 @@ import readme_numbers
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = ["README.md", "README.en.md", "CONTRIBUTING.md", "docs/free_cards.md"]
-DEMO = {name: defaults[-1] for name, _, _, *defaults in a100_train.SETTINGS}
-FULL = {name: defaults[0] for name, _, _, *defaults in a100_train.SETTINGS}
+DEMO = vars(defaults("demo"))
+FULL = vars(defaults("full"))
 # 别的程序的选项：pip、torchrun；argparse 自己的
 OTHERS = {"help", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
 

@@ -195,7 +195,8 @@ def test_rare_character(app, run):
     ids = run.tokenizer.encode("麒", add_special_tokens=False)
     assert [app.readable(run, ids[:count]) for count in range(1, 4)] == ["", "", "麒"]
     assert app.readable(run, [*ids[:2], *run.tokenizer.encode("天")]) == "天"
-    assert app.names(run, run.tokenizer.encode("天\n")) == ["天", "⏎"]
+    line_end = run.tokenizer.convert_tokens_to_ids("<0x0A>")
+    assert app.names(run, [*ids[:1], line_end]) == ["<0xE9>", "⏎"] and app.readable(run, [line_end]) == "\n"
 
 
 # ==== 写诗 ====

@@ -66,7 +66,7 @@ def train_here(change, arguments):
     if "no_warmup" in change:
         a100_train.WARMUP = 0.0
     if "shuffled" in change:  # 模型还是看前文，要它猜的却是别处的 token
-        original, generator = a100_train.GPT2.forward, torch.Generator().manual_seed(0)
+        original, generator = a100_train.GPT2LMHeadModel.forward, torch.Generator().manual_seed(0)
 
         def shuffled(self, input_ids=None, labels=None, **kwargs):
             if labels is not None and self.training:
@@ -74,7 +74,7 @@ def train_here(change, arguments):
                 labels = labels.flatten()[order].view_as(labels)
             return original(self, input_ids, labels, **kwargs)
 
-        a100_train.GPT2.forward = shuffled
+        a100_train.GPT2LMHeadModel.forward = shuffled
     sys.argv = ["a100_train.py", *arguments]
     a100_train.run(a100_train.main)
 

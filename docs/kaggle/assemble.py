@@ -58,14 +58,15 @@ def is_constant(piece):
 
 
 def expand(script, names):
-    """一句 import 代表的原文。函数和类之间空两行，常量连着写。"""
+    """一句 import 代表的原文。函数和类前后空两行，常量连着写。"""
     text = ""
+    before = True  # 前面的是不是常量
     for piece in definitions(script, names):
-        if text and is_constant(text) and is_constant(piece):
-            text += "\n" + piece
-        else:
-            text += "\n\n\n" + piece
-    return text if is_constant(piece) else text + "\n\n"
+        constant = is_constant(piece)
+        text += "\n" if before and constant else "\n\n\n"
+        text += piece
+        before = constant
+    return text.lstrip("\n") if is_constant(text) else text + "\n\n"
 
 
 def assemble(template=None):
@@ -75,8 +76,7 @@ def assemble(template=None):
         if isinstance(node, ast.ImportFrom) and node.module in SCRIPTS:
             names = {alias.name for alias in node.names}
             lines[node.lineno - 1 : node.end_lineno] = [expand(node.module, names)]
-    text = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines))
-    return re.sub(r"(?m)^(import .*|[A-Z]+ = .*|# 训练进程也运行这一格)\n\n\n(?=[A-Z#])", r"\1\n", text)
+    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines))
 
 
 def main():

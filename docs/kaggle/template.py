@@ -115,10 +115,31 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-START = time.time()
-from a100_train import RANK, WORLD_SIZE, PAD, BOS, EOS, PROMPTS, SAMPLING, PRESETS, VOCAB_SIZE, LEARNING_RATE
-from a100_train import WARMUP, WEIGHT_DECAY, BETAS, RECIPE, PEAK_TFLOPS
-from a100_train import fail, choose, flash_attn_imports, compiler_is_complete, choose_machine
+from a100_train import (
+    RANK,
+    WORLD_SIZE,
+    START,
+    PAD,
+    BOS,
+    EOS,
+    PROMPTS,
+    SAMPLING,
+    PRESETS,
+    VOCAB_SIZE,
+    LEARNING_RATE,
+    WARMUP,
+    WEIGHT_DECAY,
+    BETAS,
+    RECIPE,
+    PEAK_TFLOPS,
+    fail,
+    choose,
+    flash_attn_imports,
+    compiler_is_complete,
+    choose_device,
+    choose_speed,
+    peak_flops,
+)
 
 # %%
 s = argparse.Namespace(
@@ -153,7 +174,8 @@ def check_machine(s):
     s.processes = PROCESSES or cards or 1
     if s.effective_batch_size % s.processes:
         fail(f"有效批量 {s.effective_batch_size} 不能平分给 {s.processes} 个进程；改 PROCESSES")
-    choose_machine(s)
+    choose_device(s)
+    choose_speed(s)
     print(f"{s.device_name}，torch {torch.__version__}，{s.precision}，{s.processes} 个进程")
     if cards == 1 and KAGGLE.is_dir():
         print("只有一张显卡；选 GPU T4 x2 会快近一倍")
@@ -220,9 +242,21 @@ restore(s)
 # ## 5. 语料：下载、清洗、去重，留出验证集
 # 约 0.5 % 按内容的哈希选作验证集，不拿来训练。打包好以后就不再需要语料，下次也不用重做。
 # %%
-from prepare_corpus import SEED, SHORTEST, LETTERS, EVAL_MAXIMUM, EXAMPLES, DATASETS, PLACES
-from prepare_corpus import TAG, BOILERPLATE, INVISIBLE, unescape, RULES, POEM, CHANGES
 from prepare_corpus import (
+    SEED,
+    SHORTEST,
+    LETTERS,
+    EVAL_MAXIMUM,
+    EXAMPLES,
+    DATASETS,
+    PLACES,
+    TAG,
+    BOILERPLATE,
+    INVISIBLE,
+    RULES,
+    POEM,
+    CHANGES,
+    unescape,
     download,
     demo_documents,
     clean,
@@ -382,7 +416,8 @@ def train_worker():
     transformers.utils.logging.disable_progress_bar()
     s = argparse.Namespace(**json.loads((TEMP / "settings.json").read_text(encoding="utf-8")))
     s.work_dir = Path(s.work_dir)
-    choose_machine(s)
+    choose_device(s)
+    choose_speed(s)
     derive(s)
     if room() < 36 * s.parameters:
         fail(
@@ -395,18 +430,20 @@ def train_worker():
 
 # %%
 def worker_source():
-    """训练进程要运行的格子，原样连起来；不在 notebook 里，就从本文件取。! 和 % 开头的行是 notebook 的命令，换成 pass。"""
+    """训练进程要运行的格子，原样连起来。! 和 % 开头的行是 notebook 的命令，换成 pass。"""
     if "ipykernel" in sys.modules:
         import IPython
 
-        source = "\n# %%\n".join(IPython.get_ipython().user_ns["In"])  # 运行过的格子
+        cells = IPython.get_ipython().history_manager.input_hist_raw  # 运行过的格子
+        source = "\n# %%\n".join(cells)
     else:
         source = Path(__file__).read_text(encoding="utf-8")
-    text = "train_worker()\n"
-    for cell in reversed(re.split(r"(?m)^# %%.*$", source)):
-        if cell.strip().startswith("# 训练进程也运行这一格"):
-            text = re.sub(r"(?m)^( *)[!%].*", r"\1pass", cell) + "\n" + text
-    return text
+    source = re.sub(r"(?m)^( *)[!%].*", r"\1pass", source)
+    kept = []
+    for cell in re.split(r"(?m)^# %%.*$", source):
+        if re.match(r"(pass|\s)*# 训练进程也运行这一格", cell):
+            kept.append(cell)
+    return "\n".join(kept) + "\ntrain_worker()\n"
 
 
 def run_processes(s):
