@@ -59,9 +59,9 @@ EXPERIMENTS = {
     },
     "optimizer": {
         "base": ("Muon（演示）", ""),
+        "adamw-15e-4": ("AdamW，1.5e-3", "--optim adamw_torch --learning_rate 0.0015"),
         "adamw": ("AdamW，3e-3（它的默认值）", "--optim adamw_torch"),
         "adamw-6e-3": ("AdamW，6e-3", "--optim adamw_torch --learning_rate 0.006"),
-        "adamw-12e-3": ("AdamW，1.2e-2", "--optim adamw_torch --learning_rate 0.012"),
     },
     "layers": {
         "1": ("1 层", "--n_layer 1 --max_steps {steps}"),
