@@ -284,8 +284,8 @@ def table(name):
     """一个实验的 Markdown 表。没有跑过的变体不写；除了演示都没有跑过，是空字符串。"""
     base = [evaluation["eval_bits_per_char"] for _, evaluation, _ in read_results(name, "base")]
     lines = [
-        "| 变体 | 步 × 每步 token | 训练损失 | 验证损失 | **每字比特**（最低–最高） | 与演示的差别 |",
-        "|---|---:|---:|---:|---:|---|",
+        "| 变体 | 种子 | 步 × 每步 token | 训练损失 | 验证损失 | **每字比特**（最低–最高） | 与演示的差别 |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     heads = []
     compared = 0
@@ -302,7 +302,7 @@ def table(name):
         steps = results[0][1]["step"]
         difference = "" if variant == "base" else compare(bits, base)
         lines.append(
-            f"| {label} | {steps:,} × {results[0][0]['tokens_per_step']:,} | {train_loss:.3f} | "
+            f"| {label} | {len(results)} | {steps:,} × {results[0][0]['tokens_per_step']:,} | {train_loss:.3f} | "
             f"{eval_loss:.3f} | **{statistics.mean(bits):.3f}**（{min(bits):.3f}–{max(bits):.3f}） | "
             f"{difference} |"
         )
