@@ -860,8 +860,13 @@ def compiler_is_complete(device):
 
 def prepare_process(s, checkpoint):
     """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
-    # 每个参数的字节：接着训练，要再写一个检查点和最终模型，16；从头的话，三个检查点、最终模型、12 个快照，64
-    check_disk(s, 16 if checkpoint else 64)
+    # 每个参数的字节：接着训练，要再写一个检查点和最终模型，16；从头的话，三个检查点、最终模型，40，加 12 个快照，24
+    bytes_per_parameter = 40
+    if checkpoint:
+        bytes_per_parameter = 16
+    elif s.snapshots:
+        bytes_per_parameter += 24
+    check_disk(s, bytes_per_parameter)
     if checkpoint:
         print(f"从第 {step_of(checkpoint)} 步的检查点接着训练")
     elif RANK == 0:
