@@ -957,8 +957,13 @@ def compiler_is_complete(device):
 
 def prepare_process(s, checkpoint):
     """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
-    # 每个参数的字节：接着训练，要再写一个检查点（12）和最终模型（4）；从头的话，三个检查点、最终模型、十来个快照（各 2），约 64
-    check_disk(s, 16 if checkpoint else 64)
+    # 每个参数的字节：接着训练，要再写一个检查点（12）和最终模型（4）；从头的话，三个检查点、最终模型，40，加十来个快照（各 2），24
+    bytes_per_parameter = 40
+    if checkpoint:
+        bytes_per_parameter = 16
+    elif s.snapshots:
+        bytes_per_parameter += 24
+    check_disk(s, bytes_per_parameter)
     if checkpoint:
         print(f"从第 {step_of(checkpoint)} 步的检查点接着训练")
     elif RANK == 0:
