@@ -955,15 +955,19 @@ def compiler_is_complete(device):
     return os.path.isfile(header)
 
 
-def prepare_process(s, checkpoint):
-    """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
-    # 每个参数的字节：接着训练，要再写一个检查点（12）和最终模型（4）；从头的话，三个检查点、最终模型，40，加十来个快照（各 2），24
+def check_disk_before(s, checkpoint):
+    """每个参数的字节：接着训练，要再写一个检查点（12）和最终模型（4）；从头的话，三个检查点，最终模型，十来个快照（各 2）。"""
     bytes_per_parameter = 40
     if checkpoint:
         bytes_per_parameter = 16
     elif s.snapshots:
         bytes_per_parameter += 24
     check_disk(s, bytes_per_parameter)
+
+
+def prepare_process(s, checkpoint):
+    """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
+    check_disk_before(s, checkpoint)
     if checkpoint:
         print(f"从第 {step_of(checkpoint)} 步的检查点接着训练")
     elif RANK == 0:
