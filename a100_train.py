@@ -7,7 +7,8 @@
     python a100_train.py                         # 完整训练，一张 A100；加 --prepare_only 只准备数据
     torchrun --nproc_per_node=2 a100_train.py    # 两张卡
 
-演示在 2 核 Intel Xeon 上 110 秒，每字比特 5.72（2026-11-24）；显卡上未测。
+演示在 2 核 Intel Xeon 上 110 秒，每字比特 5.72（2026-11-24；越小越好，见第 5 节）；显卡上未测。
+出处 results/demo/summary.json seconds=110; results/demo/train_log.jsonl 1350.eval_bits_per_char=5.72
 中断了，同一条命令再跑，就从最近的检查点（完整训练每 500 步一个）接着，结果与没有中断的相同。
 从上往下读：设置、数据、模型、优化器、评估、训练。第 8 节是防错和存盘，初学可以不看。
 """
@@ -34,7 +35,7 @@ from pathlib import Path
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 if WORLD_SIZE == 1:
-    # 一个进程只用一张卡：看见几张，Trainer 会改用很慢的 DataParallel。这几个变量要在导入 torch 之前设好
+    # 一个进程只用一张卡：看见几张，Trainer（第 6 节的训练循环）会改用很慢的 DataParallel。这几个变量要在导入 torch 之前设好
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = cards[0]
     # 显卡之间的通信一个进程用不着。不关掉的话，几张 RTX 40 加旧驱动的机器上，accelerate 会拒绝启动
@@ -62,7 +63,8 @@ SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=EOS, p
 
 # ==== 1. 设置 ====
 # 每个设置一个 add_argument，默认值是完整训练的；PRESETS 是别的预设，盖在默认值上面。以 asked_ 开头的，是命令行上要的；
-# 实际用的由 choose_device、choose_speed、choose_packages 定，名字去掉 asked_。
+# 实际用的由 choose_device、choose_speed、choose_packages 定，名字去掉 asked_；
+# 词表大小和微批量要等数据准备好，在 derive 里定。
 
 PRESETS = {
     "full": {},
@@ -87,7 +89,7 @@ LEARNING_RATE = {
     "adamw": {"full": 3e-4, "demo": 3e-3},
 }
 WARMUP = 0.05  # 预热占全程的几分之几
-WEIGHT_DECAY = 0.1  # 每步把矩阵缩小 学习率 × 0.1，免得权重越长越大
+WEIGHT_DECAY = 0.1  # 每步把矩阵和词向量缩小 学习率 × 0.1，免得权重越长越大
 BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
 # 改了其中一样，就是另一次训练，不能接着旧的检查点
 RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
@@ -134,8 +136,8 @@ def add_settings(parser):
 
     add = parser.add_argument_group("训练").add_argument
     add("--effective_batch_size", type=int, default=96, help="有效批量：更新一次看几块（%(default)s）")
-    add("--batch_size", dest="asked_batch_size", type=int, help="微批量：一次算几块（看显存，至多 48）")
-    add("--epochs", type=float, default=2.0, help="把语料读几遍（%(default)s）")
+    add("--batch_size", dest="asked_batch_size", type=int, help="微批量：一次算几块（看显存选，选的至多 48）")
+    add("--epochs", type=float, default=2.0, help="把语料读几遍，max_steps 是 0 时才用（%(default)s）")
     add("--max_steps", type=int, default=0, help="更新几次；0 是由 epochs 算（%(default)s）")
     add("--max_hours", type=float, help="到这么多小时就存好停下，下次接着来（不限）")
     add(
@@ -182,12 +184,13 @@ def read_settings():
     )
     add_settings(parser)
     parser.epilog = f"--preset demo 时的默认值：{PRESETS['demo']}"
+    # 先只看 --preset，把这个预设的数变成默认值，再全部读一遍
     preset = parser.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS[preset])
     s = parser.parse_args()
     for name in vars(s):
         value = getattr(s, name)
-        if type(value) not in (int, float):
+        if type(value) not in (int, float):  # 开关、路径、没有写的，不用查
             continue
         zero_is_fine = name in ("max_steps", "seed")
         if not 0 <= value < 2**32 or (value == 0 and not zero_is_fine):
@@ -207,7 +210,7 @@ def choose(option, asked, possible):
     if asked in (None, "auto"):
         return possible[0]
     if asked not in possible:
-        fail(f"--{option} {asked} 在这里办不到，缺显卡、软件包或编译器；可以是 {possible}")
+        fail(f"--{option} {asked} 在这里办不到（缺显卡、软件包、编译器，或与精度不配）；可以是 {possible}")
     return asked
 
 
@@ -229,7 +232,8 @@ def choose_device(s):
 def choose_speed(s):
     """精度、注意力、编译：这张卡上快而可靠的。"""
     # 一个数占几位。fp32 是 4 字节。bf16 是 2 字节：位数少，范围与 fp32 一样，矩阵乘快得多。
-    # fp16 也是 2 字节，但超过 65,504 就溢出，要 GradScaler 把那一步跳过；T4、V100 用它
+    # fp16 也是 2 字节，但超过 65,504 就溢出，太小的又成了 0。GradScaler 先把损失放大再求梯度，
+    # 溢出就跳过那一步；T4、V100 用它
     precisions = ["fp32"]
     if s.device == "cuda":
         precisions.insert(0, "fp16")
@@ -243,7 +247,8 @@ def choose_speed(s):
         tf32 = [True, False]
     s.tf32 = choose("tf32", s.asked_tf32, tf32)
 
-    # FlashAttention 分块算注意力，不存 T × T 的矩阵。torch 的 SDPA 里也有它的核，所以没有 flash-attn 包也行
+    # FlashAttention 分块算注意力，不存 T × T 的矩阵。torch 的 SDPA 里也有它的核，所以没有 flash-attn 包也行；
+    # eager 不分块，用来对照
     attentions = ["sdpa", "eager"]
     if s.ampere and s.precision != "fp32" and flash_attn_imports():
         attentions.insert(0, "flash_attention_2")
@@ -251,7 +256,7 @@ def choose_speed(s):
 
     # torch.compile 先花一两分钟，把模型编译成融合的核（在显卡上运行的小程序）；以后每步少读写几遍显存。
     # torch 2.10 的 compile 在别人的 A100 上出过 NaN，所以那一版不自动打开
-    compiling = [False]
+    compiling = [False]  # 排第一的是默认
     if compiler_is_complete(s.device):
         compiling = [False, True]
         if s.ampere and not torch.__version__.startswith("2.10."):
@@ -284,12 +289,12 @@ def derive(s):
     s.tokens_per_step = s.effective_batch_size * s.block_size  # 96 × 1,024 = 98,304
     s.steps_per_epoch = s.n_blocks / s.effective_batch_size
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
-    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd
+    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 一层的参数，见第 3 节
     embeddings = (s.vocab_size + s.block_size) * s.n_embd
     s.parameters = embeddings + s.n_layer * per_layer + 2 * s.n_embd
     # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4；位置向量不做乘法，不算），另加注意力
-    positions = s.block_size * s.n_embd
-    s.flops_per_token = 6 * (s.parameters - positions) + 12 * s.n_layer * positions
+    multiplied = s.parameters - s.block_size * s.n_embd
+    s.flops_per_token = 6 * multiplied + 12 * s.n_layer * s.block_size * s.n_embd
     s.batch_size = s.asked_batch_size or choose_batch_size(s)
     print(
         f"{s.device_name}，{s.precision}，注意力 {s.attn}，{s.optim}，compile {s.compile}，微批量 {s.batch_size} 块"
@@ -302,7 +307,8 @@ def derive(s):
 def choose_batch_size(s):
     """微批量：一次前向算几块。只影响显存和速度，不影响结果（只差浮点舍入）：少了就多累积几次，有效批量不变。"""
     # 每个参数约 18 字节（权重 4、半精度副本 2、梯度 4、优化器至多 8），另留 1.5 GB；每个 token 在每层留下 36 C 字节的
-    # 激活给反向用，输出层还有 V 个分数的三份 fp32。T4（15.8 GB）上得 16 块，A100（42 GB）上得 48 块
+    # 激活给反向用，输出层还有 V 个分数的三份 fp32。一块是 1,024 × (36 × 8 × 768 + 12 × 32,000) = 0.62 GB：
+    # T4（15.8 GB）上得 16 块，A100（42 GB）上得 48 块；CPU 当作有 2 GB
     memory = 2e9
     if s.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory - 18 * s.parameters - 1.5e9
@@ -326,10 +332,10 @@ def prepare(s, checkpoint):
     tokenizer = s.work_dir / "tokenizer"
     rebuild = "--no-rebuild" if checkpoint else "--rebuild"
     made_from = read_report(corpus).get("corpus")
-    unsuitable = made_from == ["demo"] and s.preset != "demo"  # 演示的语料不用于完整训练
-    typed = s.corpus or s.text_column or s.simplify
-    if made_from is None or unsuitable or typed:
-        options = ["--corpus", *(s.corpus or CORPUS[s.preset])]
+    if made_from == ["demo"] and s.preset != "demo":
+        made_from = None  # 演示的语料不用于完整训练
+    if made_from is None or s.corpus or s.text_column or s.simplify:
+        options = ["--corpus", *(s.corpus or made_from or CORPUS[s.preset])]
         if s.text_column:
             options += ["--text_column", *s.text_column]
         if s.simplify:
@@ -374,7 +380,7 @@ def pack(s):
     held_out = pq.read_table(files, partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
-            start = file.tell() // 2
+            start = file.tell() // 2  # 一个 token 2 字节
             file.write(encode(sp, list(texts)))
             end = file.tell() // 2
             sources[name] = {"start": start, "end": end, "characters": len("".join(texts))}
@@ -420,8 +426,8 @@ class BlockStream(torch.utils.data.Dataset):
         start = self.order[index] * self.block_size
         end = start + self.block_size
         tokens = self.data[start : end + 1].astype(np.int64)
-        # 错开一位，所以读 T + 1 个。语料的最后一块没有第 T + 1 个：末尾都先接上一个 -100 再截齐；
-        # cross_entropy 见了答案是 -100 的位置，不计它的损失
+        # 答案比输入错开一位，所以一块读 T + 1 个。只有语料的最后一块可能没有第 T + 1 个，这个位置就没有答案：
+        # 接上 -100，cross_entropy 规定它的意思是“这里不计损失”（别的块上，多接的这个会被截掉）
         tokens = np.append(tokens, -100)
         size = self.block_size
         return {"input_ids": tokens[:size], "labels": tokens[1 : size + 1]}
@@ -432,10 +438,10 @@ class BlockStream(torch.utils.data.Dataset):
 # 输入 (B, T)：B 块，每块 T 个 token 的编号。每个编号查表得到一个 C 维的词向量，加上它所在位置的位置向量，成为 (B, T, C)。
 # 然后是 L 层，每层两步：
 #   注意力（attention）：每个位置从它前面的各个位置取信息。向量乘三个矩阵得到 q（要找什么）、k（我是什么）、v（我有什么）；
-#     q 与前面每个 k 的内积，经 softmax 变成加起来是 1 的权重，按权重把那些 v 平均。分 12 个头，各找各的。不许看后面：后面
+#     q 与前面每个 k 的内积，经 softmax（取 e 的幂，再除以总和）变成加起来是 1 的权重，按权重把那些 v 平均。分 12 个头，各找各的。不许看后面：后面
 #     的就是答案（因果掩码）。
-#   MLP：每个位置自己加工：C 维变成 4C 维，过一个弯曲的函数（GELU），再变回 C 维。
-# 每步的结果都加回原来的向量（残差连接）：向量像一条主干道，每层只改一点；梯度也沿着它直达最底层，所以层数多也训练得动。
+#   MLP：注意力只搬运、平均，MLP 才把搬来的变成新的特征。每个位置自己加工：C 维变成 4C 维，过一个弯曲的函数（GELU），再变回 C 维。
+# 每步的结果都加回原来的向量（残差连接）：向量像一条主干道，每层只改一点；梯度（损失变化的方向，见第 4 节）也沿着它直达最底层，所以层数多也训练得动。
 # 每步之前先 LayerNorm：把向量缩放到差不多大，训练才稳。最后再 LayerNorm 一次，与 V 个词向量各做内积，得到每种 token 的
 # 分数（logits）(B, T, V)，softmax 变成概率。
 #
@@ -443,7 +449,8 @@ class BlockStream(torch.utils.data.Dataset):
 #   每层 12·C² + 13·C = 7,087,872：q、k、v 3C²，注意力的输出 C²，MLP 的 C → 4C → C 8C²，其余是偏置和 LayerNorm
 #   24,576,000 + 786,432 + 8 × 7,087,872 + 1,536 = 82,066,944
 #
-# 损失（loss）：每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均，单位叫 nat。什么都没学时，每种 token 的概率
+# 损失（loss）：每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均；用自然对数 ln，
+# 单位就叫 nat。什么都没学时，每种 token 的概率
 # 都是 1/V，损失就是 ln V：ln 32,000 = 10.37，演示 ln 4,500 = 8.41。第一次验证应当接近它，差得多就是程序有错。
 
 
@@ -499,7 +506,7 @@ def build_model(s):
 # 一步：参数 -= 学习率 × 方向。方向由优化器从梯度（损失对每个参数的导数）算出。
 # AdamW 给每个数各定步长，记两份历史：梯度的平均，和梯度平方的平均；方向约是前者 ÷ 后者的平方根，所以每个数走得差不多快。
 # Muon（Keller Jordan 等，2024）把矩阵当整体看：梯度往往集中在少数几个方向上，别的方向几乎学不到。它把更新正交化（奇异值都
-#   变成约 1），各个方向就走得一样远；只记一份历史（动量）。只有矩阵才有奇异值，所以偏置、LayerNorm 仍用 AdamW；词向量
+#   变成约 1；奇异值是一个矩阵把各个方向的向量拉长的倍数），各个方向就走得一样远；只记一份历史（动量）。只有矩阵才有奇异值，所以偏置、LayerNorm 仍用 AdamW；词向量
 #   虽是表格，每行各管一个 token，不是把向量变成向量的矩阵，也用 AdamW。
 # 8 位 AdamW（adamw_bnb_8bit）的历史每个数只占 1 字节：0.66 GB 减到 0.32 GB（词向量仍是 4 字节），要更省显存时用。
 
@@ -541,21 +548,23 @@ class Muon(torch.optim.AdamW):
         """p：(输入, 输出)。c_attn 是并排的 q、k、v，(C, 3C)，split 是 3：三个矩阵分开正交化。"""
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW 读检查点时，要每个参数都有 step
+            state["step"] = torch.tensor(0.0)  # 我们不用它；AdamW 读检查点时，要每个参数都有
             state["momentum"] = torch.zeros_like(p)
-        # a.lerp(b, w) 是 (1 − w)·a + w·b
-        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95 %，新的梯度占 5 %
-        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov：动量占 95 %，新的梯度再占 5 %
+        # a.lerp(b, w) 是 (1 − w)·a + w·b：先更新动量（旧的占 95 %），再算 更新 = 0.95 × 动量 + 0.05 × 这一次的梯度（Nesterov）
+        state["momentum"].lerp_(p.grad, 0.05)
+        update = p.grad.lerp(state["momentum"], 0.95)
         parts = torch.stack(update.chunk(group["split"], dim=1))
         _, rows, columns = parts.shape
         update = torch.cat(orthogonalize(parts).unbind(), dim=1)
         lr = group["lr"]
         p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(update, alpha=lr * max(1, columns / rows) ** 0.5)  # C → 4C 的，步子放大 √4 倍
+        p.sub_(
+            update, alpha=lr * max(1, columns / rows) ** 0.5
+        )  # 输出比输入宽 4 倍的（C → 4C），步子放大 √4 倍
 
 
 def parameter_groups(model, adamw_lr, muon_lr):
-    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn；其余的矩阵。"""
+    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn；其余的矩阵。名字如 transformer.h.0.attn.c_attn.weight。"""
     embeddings = {"params": [], "split": 0, "lr": adamw_lr, "weight_decay": WEIGHT_DECAY}
     vectors = {"params": [], "split": 0, "lr": adamw_lr, "weight_decay": 0.0}
     attention = {"params": [], "split": 3, "lr": muon_lr, "weight_decay": WEIGHT_DECAY}
@@ -573,7 +582,7 @@ def parameter_groups(model, adamw_lr, muon_lr):
 
 
 def build_optimizer(model, s):
-    """想试别的优化器：在这里加一个分支，名字加进 choose_packages，再换一个 --work_dir。"""
+    """想试别的优化器：在这里加一个分支，名字加进 choose_packages 和 --optim 的说明，默认学习率加进 LEARNING_RATE，再换一个 --work_dir。"""
     if s.optim == "muon":
         # fused：整个更新在一个核里。fp16 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半却不会；None 让 torch 选别的
         fused = None if s.precision == "fp16" else True
@@ -600,7 +609,7 @@ def build_optimizer(model, s):
 def learning_rate_scale(step, total_steps):
     """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先直线升到 1（预热），再直线降到 0。"""
     # 开头的梯度又大又乱，先小步走，优化器的历史攒够了再大步；最后步子越走越细，损失还会再降一截。
-    # 共 11,838 步，预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964：
+    # 共 11,838 步，预热 592 步，第 1,000 步（从 0 数）是 (11,838 - 1,000) / (11,838 - 592) = 0.964：
     # 矩阵的学习率 0.025 × 0.964 = 0.0241，其余的 3e-3 × 0.964 = 2.9e-3
     warmup_steps = max(1, round(WARMUP * total_steps))
     rising = (step + 1) / warmup_steps
@@ -620,7 +629,7 @@ def held_out_loss(model, s):
     """
     data = np.fromfile(s.work_dir / "packed/eval.bin", np.uint16).astype(np.int64)
     tokens = torch.from_numpy(data).to(model.device)
-    # 输入是答案往后错一位：第一个答案前面放一个 </s>，好像前面刚结束一篇。末尾补齐成整块，补的不算
+    # 输入是答案往后错一位：第一个答案前面放一个 </s>，好像前面刚结束一篇。末尾补 padding 个，凑成整块，补的不算
     padding = -len(tokens) % s.block_size
     inputs = F.pad(tokens[:-1], (1, padding), value=EOS)
     inputs = inputs.view(-1, s.block_size)
@@ -630,8 +639,10 @@ def held_out_loss(model, s):
     for start in range(16 * RANK, len(inputs), 16 * WORLD_SIZE):  # 一次 16 块；几个进程各算一份
         rows = slice(start, start + 16)
         logits = model(inputs[rows]).logits.float()  # (16, T, V)
+        # cross_entropy 要 V 在第二维，.mT 把后两维对调
         nats[rows] = F.cross_entropy(logits.mT, labels[rows], reduction="none")
-    nats = accelerate.utils.reduce(nats, reduction="sum").cpu().double().flatten()
+    nats = accelerate.utils.reduce(nats, reduction="sum")  # 没有算的行是 0，各进程的相加就齐了
+    nats = nats.cpu().double().flatten()
     metrics = {}
     for name, source in s.eval_sources.items():
         losses = nats[source["start"] : source["end"]]
@@ -713,9 +724,12 @@ class Observer(transformers.TrainerCallback):
         for prompt, text in generate_samples(model, self.tokenizer, s).items():
             row = {"eval_loss": loss, "prompt": prompt, "step": step, "text": text}
             state.log_history.append(row)
-            tqdm.write(f"    {' '.join(text.split())}")
+            tqdm.write(f"    {' '.join(text.split())[:36]}")  # 全文在 samples.jsonl
         self.trainer.log(metrics)  # 记进 log_history，告诉 tensorboard 等，再叫下面的 on_log
-        self.clock += time.perf_counter() - start  # 验证的时间不算在训练里
+        self.clock += time.perf_counter() - start  # 验证的时间不算在训练里：把起点往后挪
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
     def on_log(self, args, state, control, logs, **kwargs):
         s = self.settings
@@ -758,7 +772,7 @@ def check_finite(logs, s, step):
     if not all(map(math.isfinite, numbers)):
         fail(
             f"第 {step} 步的损失、梯度是 {numbers}，发散了（检查点完好）："
-            f"把 --learning_rate 减半（现在 {s.learning_rate:g}），加 --fresh 从头来"
+            f"把 --learning_rate（现在 {s.learning_rate:g}）和 --muon_learning_rate 减半，加 --fresh 从头来"
         )
 
 
@@ -817,8 +831,8 @@ def main():
     choose_device(s)
     choose_speed(s)
     choose_packages(s)
-    only_looking = s.asked_device or s.max_steps or s.prepare_only
-    if s.preset == "full" and s.device == "cpu" and not only_looking:
+    asked_for_it = s.asked_device or s.max_steps or s.prepare_only
+    if s.preset == "full" and s.device == "cpu" and not asked_for_it:
         fail(
             "没有 CUDA 显卡，CPU 要几个月。演示：--preset demo；只准备数据：--prepare_only；硬要用：--device cpu"
         )
@@ -941,10 +955,19 @@ def compiler_is_complete(device):
     return os.path.isfile(header)
 
 
+def check_disk_before(s, checkpoint):
+    """每个参数的字节：接着训练，要再写一个检查点（12）和最终模型（4）；从头的话，三个检查点，最终模型，十来个快照（各 2）。"""
+    bytes_per_parameter = 40
+    if checkpoint:
+        bytes_per_parameter = 16
+    elif s.snapshots:
+        bytes_per_parameter += 24
+    check_disk(s, bytes_per_parameter)
+
+
 def prepare_process(s, checkpoint):
     """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
-    # 每个参数的字节：接着训练，要再写一个检查点和最终模型，16；从头的话，三个检查点、最终模型、12 个快照，64
-    check_disk(s, 16 if checkpoint else 64)
+    check_disk_before(s, checkpoint)
     if checkpoint:
         print(f"从第 {step_of(checkpoint)} 步的检查点接着训练")
     elif RANK == 0:
@@ -1004,11 +1027,7 @@ def is_complete(checkpoint):
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         safetensors.torch.load_file(checkpoint / "model.safetensors")
-        for path in [
-            checkpoint / "optimizer.pt",
-            checkpoint / "scheduler.pt",
-            *checkpoint.glob("rng_state*.pth"),
-        ]:
+        for path in [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("*.pt*")]:
             if zipfile.ZipFile(path).testzip():
                 return False
     except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
@@ -1048,7 +1067,9 @@ def save_snapshot(model, s, state):
     wanted = step in (0, s.total_steps) or re.fullmatch("[125]00+", str(step))
     if RANK or not s.snapshots or not wanted:
         return
-    check_disk(s, 2)
+    if shutil.disk_usage(s.work_dir).free < 16 * s.parameters:
+        tqdm.write(f"磁盘快满了，第 {step} 步不留快照")  # 留给检查点
+        return
     folder = s.work_dir / "snapshots" / f"step-{step}"
     weights = {name: p.bfloat16() for name, p in model.named_parameters()}
     model.save_pretrained(folder, state_dict=weights)
@@ -1075,7 +1096,7 @@ class StopRequest(transformers.TrainerCallback):
     def __init__(self, s):
         self.settings = s
         self.exit_code = 0  # 被信号叫停是 128 + 编号：“命令 && shutdown” 就不会关机
-        self.deadline = START + 3564 * (s.max_hours or math.inf)  # 每小时留 36 秒存盘
+        self.deadline = START + 0.99 * 3600 * (s.max_hours or math.inf)  # 留百分之一的时间存盘
         signal.signal(signal.SIGINT, self.request)
         signal.signal(signal.SIGTERM, self.request)
 

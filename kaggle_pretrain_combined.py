@@ -145,7 +145,7 @@ LEARNING_RATE = {
     "adamw": {"full": 3e-4, "demo": 3e-3},
 }
 WARMUP = 0.05  # 预热占全程的几分之几
-WEIGHT_DECAY = 0.1  # 每步把矩阵缩小 学习率 × 0.1，免得权重越长越大
+WEIGHT_DECAY = 0.1  # 每步把矩阵和词向量缩小 学习率 × 0.1，免得权重越长越大
 BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
 # 改了其中一样，就是另一次训练，不能接着旧的检查点
 RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
@@ -157,7 +157,7 @@ def choose(option, asked, possible):
     if asked in (None, "auto"):
         return possible[0]
     if asked not in possible:
-        fail(f"--{option} {asked} 在这里办不到，缺显卡、软件包或编译器；可以是 {possible}")
+        fail(f"--{option} {asked} 在这里办不到（缺显卡、软件包、编译器，或与精度不配）；可以是 {possible}")
     return asked
 
 
@@ -179,7 +179,8 @@ def choose_device(s):
 def choose_speed(s):
     """精度、注意力、编译：这张卡上快而可靠的。"""
     # 一个数占几位。fp32 是 4 字节。bf16 是 2 字节：位数少，范围与 fp32 一样，矩阵乘快得多。
-    # fp16 也是 2 字节，但超过 65,504 就溢出，要 GradScaler 把那一步跳过；T4、V100 用它
+    # fp16 也是 2 字节，但超过 65,504 就溢出，太小的又成了 0。GradScaler 先把损失放大再求梯度，
+    # 溢出就跳过那一步；T4、V100 用它
     precisions = ["fp32"]
     if s.device == "cuda":
         precisions.insert(0, "fp16")
@@ -193,7 +194,8 @@ def choose_speed(s):
         tf32 = [True, False]
     s.tf32 = choose("tf32", s.asked_tf32, tf32)
 
-    # FlashAttention 分块算注意力，不存 T × T 的矩阵。torch 的 SDPA 里也有它的核，所以没有 flash-attn 包也行
+    # FlashAttention 分块算注意力，不存 T × T 的矩阵。torch 的 SDPA 里也有它的核，所以没有 flash-attn 包也行；
+    # eager 不分块，用来对照
     attentions = ["sdpa", "eager"]
     if s.ampere and s.precision != "fp32" and flash_attn_imports():
         attentions.insert(0, "flash_attention_2")
@@ -201,7 +203,7 @@ def choose_speed(s):
 
     # torch.compile 先花一两分钟，把模型编译成融合的核（在显卡上运行的小程序）；以后每步少读写几遍显存。
     # torch 2.10 的 compile 在别人的 A100 上出过 NaN，所以那一版不自动打开
-    compiling = [False]
+    compiling = [False]  # 排第一的是默认
     if compiler_is_complete(s.device):
         compiling = [False, True]
         if s.ampere and not torch.__version__.startswith("2.10."):
@@ -332,11 +334,7 @@ def is_complete(checkpoint):
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         safetensors.torch.load_file(checkpoint / "model.safetensors")
-        for path in [
-            checkpoint / "optimizer.pt",
-            checkpoint / "scheduler.pt",
-            *checkpoint.glob("rng_state*.pth"),
-        ]:
+        for path in [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("*.pt*")]:
             if zipfile.ZipFile(path).testzip():
                 return False
     except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
@@ -876,7 +874,7 @@ def pack(s):
     held_out = pq.read_table(files, partitioning=None).to_pandas()
     with open(packed / "eval.bin", "wb") as file:
         for name, texts in held_out.groupby("source")["text"]:
-            start = file.tell() // 2
+            start = file.tell() // 2  # 一个 token 2 字节
             file.write(encode(sp, list(texts)))
             end = file.tell() // 2
             sources[name] = {"start": start, "end": end, "characters": len("".join(texts))}
@@ -922,8 +920,8 @@ class BlockStream(torch.utils.data.Dataset):
         start = self.order[index] * self.block_size
         end = start + self.block_size
         tokens = self.data[start : end + 1].astype(np.int64)
-        # 错开一位，所以读 T + 1 个。语料的最后一块没有第 T + 1 个：末尾都先接上一个 -100 再截齐；
-        # cross_entropy 见了答案是 -100 的位置，不计它的损失
+        # 答案比输入错开一位，所以一块读 T + 1 个。只有语料的最后一块可能没有第 T + 1 个，这个位置就没有答案：
+        # 接上 -100，cross_entropy 规定它的意思是“这里不计损失”（别的块上，多接的这个会被截掉）
         tokens = np.append(tokens, -100)
         size = self.block_size
         return {"input_ids": tokens[:size], "labels": tokens[1 : size + 1]}
@@ -1025,21 +1023,23 @@ class Muon(torch.optim.AdamW):
         """p：(输入, 输出)。c_attn 是并排的 q、k、v，(C, 3C)，split 是 3：三个矩阵分开正交化。"""
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW 读检查点时，要每个参数都有 step
+            state["step"] = torch.tensor(0.0)  # 我们不用它；AdamW 读检查点时，要每个参数都有
             state["momentum"] = torch.zeros_like(p)
-        # a.lerp(b, w) 是 (1 − w)·a + w·b
-        state["momentum"].lerp_(p.grad, 0.05)  # 动量：旧的占 95 %，新的梯度占 5 %
-        update = p.grad.lerp(state["momentum"], 0.95)  # Nesterov：动量占 95 %，新的梯度再占 5 %
+        # a.lerp(b, w) 是 (1 − w)·a + w·b：先更新动量（旧的占 95 %），再算 更新 = 0.95 × 动量 + 0.05 × 这一次的梯度（Nesterov）
+        state["momentum"].lerp_(p.grad, 0.05)
+        update = p.grad.lerp(state["momentum"], 0.95)
         parts = torch.stack(update.chunk(group["split"], dim=1))
         _, rows, columns = parts.shape
         update = torch.cat(orthogonalize(parts).unbind(), dim=1)
         lr = group["lr"]
         p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(update, alpha=lr * max(1, columns / rows) ** 0.5)  # C → 4C 的，步子放大 √4 倍
+        p.sub_(
+            update, alpha=lr * max(1, columns / rows) ** 0.5
+        )  # 输出比输入宽 4 倍的（C → 4C），步子放大 √4 倍
 
 
 def parameter_groups(model, adamw_lr, muon_lr):
-    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn；其余的矩阵。"""
+    """四组：词向量和位置向量；偏置和 LayerNorm（不衰减）；c_attn；其余的矩阵。名字如 transformer.h.0.attn.c_attn.weight。"""
     embeddings = {"params": [], "split": 0, "lr": adamw_lr, "weight_decay": WEIGHT_DECAY}
     vectors = {"params": [], "split": 0, "lr": adamw_lr, "weight_decay": 0.0}
     attention = {"params": [], "split": 3, "lr": muon_lr, "weight_decay": WEIGHT_DECAY}
@@ -1059,7 +1059,7 @@ def parameter_groups(model, adamw_lr, muon_lr):
 def learning_rate_scale(step, total_steps):
     """第 step 步（从 0 数）的学习率是最高学习率的几分之几：先直线升到 1（预热），再直线降到 0。"""
     # 开头的梯度又大又乱，先小步走，优化器的历史攒够了再大步；最后步子越走越细，损失还会再降一截。
-    # 共 11,838 步，预热 592 步，第 1,000 步是 (11,838 - 1,000) / (11,838 - 592) = 0.964：
+    # 共 11,838 步，预热 592 步，第 1,000 步（从 0 数）是 (11,838 - 1,000) / (11,838 - 592) = 0.964：
     # 矩阵的学习率 0.025 × 0.964 = 0.0241，其余的 3e-3 × 0.964 = 2.9e-3
     warmup_steps = max(1, round(WARMUP * total_steps))
     rising = (step + 1) / warmup_steps
@@ -1076,7 +1076,7 @@ def held_out_loss(model, s):
     """
     data = np.fromfile(s.work_dir / "packed/eval.bin", np.uint16).astype(np.int64)
     tokens = torch.from_numpy(data).to(model.device)
-    # 输入是答案往后错一位：第一个答案前面放一个 </s>，好像前面刚结束一篇。末尾补齐成整块，补的不算
+    # 输入是答案往后错一位：第一个答案前面放一个 </s>，好像前面刚结束一篇。末尾补 padding 个，凑成整块，补的不算
     padding = -len(tokens) % s.block_size
     inputs = F.pad(tokens[:-1], (1, padding), value=EOS)
     inputs = inputs.view(-1, s.block_size)
@@ -1086,8 +1086,10 @@ def held_out_loss(model, s):
     for start in range(16 * RANK, len(inputs), 16 * WORLD_SIZE):  # 一次 16 块；几个进程各算一份
         rows = slice(start, start + 16)
         logits = model(inputs[rows]).logits.float()  # (16, T, V)
+        # cross_entropy 要 V 在第二维，.mT 把后两维对调
         nats[rows] = F.cross_entropy(logits.mT, labels[rows], reduction="none")
-    nats = accelerate.utils.reduce(nats, reduction="sum").cpu().double().flatten()
+    nats = accelerate.utils.reduce(nats, reduction="sum")  # 没有算的行是 0，各进程的相加就齐了
+    nats = nats.cpu().double().flatten()
     metrics = {}
     for name, source in s.eval_sources.items():
         losses = nats[source["start"] : source["end"]]
@@ -1150,12 +1152,12 @@ def derive(s):
     s.tokens_per_step = s.effective_batch_size * s.block_size  # 96 × 1,024 = 98,304
     s.steps_per_epoch = s.n_blocks / s.effective_batch_size
     s.total_steps = s.max_steps or math.ceil(s.epochs * s.steps_per_epoch)
-    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd
+    per_layer = 12 * s.n_embd**2 + 13 * s.n_embd  # 一层的参数，见第 3 节
     embeddings = (s.vocab_size + s.block_size) * s.n_embd
     s.parameters = embeddings + s.n_layer * per_layer + 2 * s.n_embd
     # PaLM 论文附录 B：每个参数 6 次浮点运算（前向 2，反向 4；位置向量不做乘法，不算），另加注意力
-    positions = s.block_size * s.n_embd
-    s.flops_per_token = 6 * (s.parameters - positions) + 12 * s.n_layer * positions
+    multiplied = s.parameters - s.block_size * s.n_embd
+    s.flops_per_token = 6 * multiplied + 12 * s.n_layer * s.block_size * s.n_embd
     s.batch_size = s.asked_batch_size or choose_batch_size(s)
     print(
         f"{s.device_name}，{s.precision}，注意力 {s.attn}，{s.optim}，compile {s.compile}，微批量 {s.batch_size} 块"
@@ -1168,7 +1170,8 @@ def derive(s):
 def choose_batch_size(s):
     """微批量：一次前向算几块。只影响显存和速度，不影响结果（只差浮点舍入）：少了就多累积几次，有效批量不变。"""
     # 每个参数约 18 字节（权重 4、半精度副本 2、梯度 4、优化器至多 8），另留 1.5 GB；每个 token 在每层留下 36 C 字节的
-    # 激活给反向用，输出层还有 V 个分数的三份 fp32。T4（15.8 GB）上得 16 块，A100（42 GB）上得 48 块
+    # 激活给反向用，输出层还有 V 个分数的三份 fp32。一块是 1,024 × (36 × 8 × 768 + 12 × 32,000) = 0.62 GB：
+    # T4（15.8 GB）上得 16 块，A100（42 GB）上得 48 块；CPU 当作有 2 GB
     memory = 2e9
     if s.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory - 18 * s.parameters - 1.5e9
@@ -1220,9 +1223,12 @@ class Observer(transformers.TrainerCallback):
         for prompt, text in generate_samples(model, self.tokenizer, s).items():
             row = {"eval_loss": loss, "prompt": prompt, "step": step, "text": text}
             state.log_history.append(row)
-            tqdm.write(f"    {' '.join(text.split())}")
+            tqdm.write(f"    {' '.join(text.split())[:36]}")  # 全文在 samples.jsonl
         self.trainer.log(metrics)  # 记进 log_history，告诉 tensorboard 等，再叫下面的 on_log
-        self.clock += time.perf_counter() - start  # 验证的时间不算在训练里
+        self.clock += time.perf_counter() - start  # 验证的时间不算在训练里：把起点往后挪
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
     def on_log(self, args, state, control, logs, **kwargs):
         s = self.settings
@@ -1265,7 +1271,7 @@ def check_finite(logs, s, step):
     if not all(map(math.isfinite, numbers)):
         fail(
             f"第 {step} 步的损失、梯度是 {numbers}，发散了（检查点完好）："
-            f"把 --learning_rate 减半（现在 {s.learning_rate:g}），加 --fresh 从头来"
+            f"把 --learning_rate（现在 {s.learning_rate:g}）和 --muon_learning_rate 减半，加 --fresh 从头来"
         )
 
 

@@ -155,7 +155,8 @@ def build(base, work_dir, optimizer, steps, window):
         str(work_dir),
     ]
     s = a100_train.read_settings()
-    a100_train.choose_machine(s)
+    a100_train.choose_device(s)
+    a100_train.choose_speed(s)
     a100_train.choose_packages(s)
     a100_train.derive(s)
     trainer = a100_train.build_trainer(s, a100_train.StopRequest(s))

@@ -59,9 +59,9 @@ EXPERIMENTS = {
     },
     "optimizer": {
         "base": ("Muon（演示）", ""),
+        "adamw-15e-4": ("AdamW，1.5e-3", "--optim adamw_torch --learning_rate 0.0015"),
         "adamw": ("AdamW，3e-3（它的默认值）", "--optim adamw_torch"),
         "adamw-6e-3": ("AdamW，6e-3", "--optim adamw_torch --learning_rate 0.006"),
-        "adamw-12e-3": ("AdamW，1.2e-2", "--optim adamw_torch --learning_rate 0.012"),
     },
     "layers": {
         "1": ("1 层", "--n_layer 1 --max_steps {steps}"),
@@ -284,8 +284,8 @@ def table(name):
     """一个实验的 Markdown 表。没有跑过的变体不写；除了演示都没有跑过，是空字符串。"""
     base = [evaluation["eval_bits_per_char"] for _, evaluation, _ in read_results(name, "base")]
     lines = [
-        "| 变体 | 步 × 每步 token | 训练损失 | 验证损失 | **每字比特**（最低–最高） | 与演示的差别 |",
-        "|---|---:|---:|---:|---:|---|",
+        "| 变体 | 种子 | 步 × 每步 token | 训练损失 | 验证损失 | **每字比特**（最低–最高） | 与演示的差别 |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     heads = []
     compared = 0
@@ -302,7 +302,7 @@ def table(name):
         steps = results[0][1]["step"]
         difference = "" if variant == "base" else compare(bits, base)
         lines.append(
-            f"| {label} | {steps:,} × {results[0][0]['tokens_per_step']:,} | {train_loss:.3f} | "
+            f"| {label} | {len(results)} | {steps:,} × {results[0][0]['tokens_per_step']:,} | {train_loss:.3f} | "
             f"{eval_loss:.3f} | **{statistics.mean(bits):.3f}**（{min(bits):.3f}–{max(bits):.3f}） | "
             f"{difference} |"
         )

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+# 在后台（nohup …… &）跑测试时，shell 叫 pytest 忽略 Ctrl-C，子进程会继承；换回平常的，试 Ctrl-C 的测试才试得成
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 VOCAB_SIZE, STEPS = 1500, 6

@@ -36,7 +36,8 @@ def settings(monkeypatch, *argv, **changes):
     """a100_train.py 的设置对象，有几项换成 changes。"""
     monkeypatch.setattr(sys, "argv", ["a100_train.py", "--device", "cpu", *argv])
     s = a100_train.read_settings()
-    a100_train.choose_machine(s)
+    a100_train.choose_device(s)
+    a100_train.choose_speed(s)
     a100_train.choose_packages(s)
     for name in changes:
         setattr(s, name, changes[name])

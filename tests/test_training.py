@@ -584,6 +584,19 @@ def test_disk_full_while_saving(small_disk, work, finished, no_plot, monkeypatch
     assert weights(disk / "run") == weights(finished)
 
 
+def test_disk_too_small_for_the_snapshots(tmp_path, monkeypatch):
+    """从头训练要多少盘：不留快照，就少要一些，提示的办法真的有用。接着训练只要一个检查点的。"""
+    s = argparse.Namespace(
+        work_dir=tmp_path, parameters=1000, snapshots=True, device="cuda", report_to="none"
+    )
+    monkeypatch.setattr(a100_train.shutil, "disk_usage", lambda path: argparse.Namespace(free=50_000))
+    with pytest.raises(SystemExit, match="磁盘不够.*--no-snapshots"):
+        a100_train.prepare_process(s, None)
+    a100_train.prepare_process(s, tmp_path / "checkpoint-4")
+    s.snapshots = False
+    a100_train.prepare_process(s, None)
+
+
 def test_disk_full_while_packing(small_disk, work_dir, no_plot, monkeypatch, capsys):
     disk = small_disk("24m", work_dir)
     shutil.rmtree(disk / "run/packed")
