@@ -463,31 +463,28 @@ def draw(result, path):
     """三格共用一根对数的步数轴：两格能力，一格损失。第 0 步画在最左边。"""
     use_chinese_font()
     figure, axes = plt.subplots(
-        3, 1, figsize=(8, 10), sharex=True, constrained_layout=True, height_ratios=[3, 2, 2]
+        3, 1, figsize=(10, 10), sharex=True, constrained_layout=True, height_ratios=[3, 2, 2]
     )
     rows = result["snapshots"]
     steps = [row["step"] for row in rows]
     for axis, (title, names) in zip(axes, PANELS, strict=False):
         for color, name in enumerate(names):
-            values = [row["figures"].get(name) for row in rows]
-            points = [
-                (step, 100 * value) for step, value in zip(steps, values, strict=True) if value is not None
-            ]
-            axis.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{color}", label=LABELS[name][0])
+            values = [row["figures"][name] for row in rows]
+            percents = [math.nan if value is None else 100 * value for value in values]
+            axis.plot(steps, percents, "o-", ms=4, color=f"C{color}", label=LABELS[name][0])
             if result["real"].get(name) is not None:
                 axis.axhline(100 * result["real"][name], ls="--", lw=1, color=f"C{color}")
         axis.set(title=title, ylabel="%", ylim=(-3, 103))
-        axis.legend(fontsize=8, loc="center left")
     axes[2].plot(steps, [row["loss"]["all"] for row in rows], "o-", ms=4, label="全部字符")
     axes[2].plot(steps, [row["loss"]["body_han"] for row in rows], "o-", ms=4, label="正文的汉字")
     axes[2].set(title="损失", ylabel="nat/字", xlabel="步（对数）")
-    axes[2].legend(fontsize=8)
     first = min((step for step in steps if step > 0), default=1)
     axes[2].set_xscale("symlog", linthresh=first, linscale=0.5)
     axes[2].set_xticks(steps, [f"{step:,}" for step in steps], rotation=45)
     axes[2].minorticks_off()
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # 放在图外，不挡线
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
