@@ -392,11 +392,11 @@ for _ in range(5):  # Newton–Schulz 迭代：只用矩阵乘法，把每个奇
 scale = math.sqrt(4)  # (C, 4C) 的矩阵，步子放大 √4 倍
 by_hand = old * (1 - 0.02 * decay) - 0.02 * scale * z
 
-print(f"与 orthogonalize 最多相差 {float((z - a100_train.orthogonalize(update)).abs().max()):.1e}")
+print(f"与 orthogonalize 最多相差 {float((z - a100_train.orthogonalize(update[None])[0]).abs().max()):.1e}")
 print(
     f"与 Muon 最多相差 {float((by_hand - matrix).abs().max()):.1e}，参数最多动了 {float((matrix - old).abs().max()):.4f}"
 )
-assert torch.allclose(z, a100_train.orthogonalize(update), atol=1e-4)
+assert torch.allclose(z, a100_train.orthogonalize(update[None])[0], atol=1e-4)
 assert torch.allclose(by_hand, matrix, atol=1e-5)
 
 # %%
