@@ -855,6 +855,10 @@ def main():
 
 def train(s, checkpoint):
     """训练到底，或被叫停。"""
+    if s.report_to == "swanlab" and RANK == 0:
+        import swanlab
+
+        swanlab.init(project="gpt2-chinese")  # transformers 的回调以为已经有了一次记录，没有就崩溃
     stop = StopRequest(s)
     trainer = build_trainer(s, stop)
     try:
@@ -974,10 +978,6 @@ def prepare_process(s, checkpoint):
         write_json(s.work_dir / "config.json", vars(s))
         for old in ("checkpoints", "snapshots"):
             shutil.rmtree(s.work_dir / old, ignore_errors=True)
-    if s.report_to == "swanlab" and RANK == 0:
-        import swanlab
-
-        swanlab.init(project="gpt2-chinese")  # transformers 的回调以为已经有了一次记录，没有就崩溃
     if s.device == "cpu" and sys.platform == "linux":
         # 用过的内存不还给系统：再要时，系统要逐页清零，慢两成
         libc = ctypes.CDLL(None)

@@ -1321,6 +1321,10 @@ def build_trainer(s, stop):
 
 def train(s, checkpoint):
     """训练到底，或被叫停。"""
+    if s.report_to == "swanlab" and RANK == 0:
+        import swanlab
+
+        swanlab.init(project="gpt2-chinese")  # transformers 的回调以为已经有了一次记录，没有就崩溃
     stop = StopRequest(s)
     trainer = build_trainer(s, stop)
     try:

@@ -295,7 +295,7 @@ def test_unused_cards_are_named(tmp_path, monkeypatch, capsys, world, said):
         a100_train, "Path", lambda p: tmp_path / "gpus" if p == "/proc/driver/nvidia/gpus" else path(p)
     )
     monkeypatch.setattr(a100_train, "WORLD_SIZE", world)
-    s = SimpleNamespace(work_dir=tmp_path, parameters=1, snapshots=True, device="cuda", report_to="none")
+    s = SimpleNamespace(work_dir=tmp_path, parameters=1, snapshots=True, device="cuda")
     a100_train.prepare_process(s, None)
     assert ("torchrun --nproc_per_node=3 a100_train.py" in capsys.readouterr().out) == said
 
