@@ -421,17 +421,9 @@ library_z = a100_train.orthogonalize(update[None])[0]  # 它一次可以算几�
 scale = math.sqrt(4)  # (C, 4C) 的矩阵，步子放大 √4 倍
 by_hand = old * (1 - 0.02 * decay) - 0.02 * scale * z
 
-<<<<<<< HEAD
 print(f"与 orthogonalize 最多相差 {(z - library_z).abs().max().item():.1e}")
 print(f"与 Muon 最多相差 {(by_hand - matrix).abs().max().item():.1e}")
 assert torch.allclose(z, library_z, atol=1e-4)
-=======
-print(f"与 orthogonalize 最多相差 {float((z - a100_train.orthogonalize(update[None])[0]).abs().max()):.1e}")
-print(
-    f"与 Muon 最多相差 {float((by_hand - matrix).abs().max()):.1e}，参数最多动了 {float((matrix - old).abs().max()):.4f}"
-)
-assert torch.allclose(z, a100_train.orthogonalize(update[None])[0], atol=1e-4)
->>>>>>> w-adapt
 assert torch.allclose(by_hand, matrix, atol=1e-5)
 
 # %%
