@@ -1050,7 +1050,13 @@ def write_json(path, value):
 def write_history(folder, history):
     """由 log_history 写日志和续写。它随检查点存取，所以续训时每一步也恰好一份。"""
     samples = [row for row in history if "prompt" in row]
-    log = [row for row in history if "tokens_per_second" in row or "eval_bits_per_char" in row]
+    log = []
+    for row in history:
+        if "tokens_per_second" in row or "eval_bits_per_char" in row:
+            # NaN 和无穷大（fp16 开头几步的梯度）不是 JSON，不写
+            log.append(
+                {name: value for name, value in row.items() if name != "epoch" and math.isfinite(value)}
+            )
     for name, rows in (("train_log", log), ("samples", samples)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(folder / f"{name}.jsonl", "".join(lines))
