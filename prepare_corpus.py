@@ -107,6 +107,9 @@ def find_sources(specs):
             folder = path if os.path.isdir(path) else os.path.dirname(path)
             name = Path(folder).resolve().name
         sources.setdefault(re.sub(r"[^\w-]+", "_", name), []).extend(files)
+    for name in sources:
+        if name in specs and sources[name]:
+            sys.exit(f"错误：{name} 是内置的来源，别的文件不能也叫 {name}；给它们换一个名字")
     return sources
 
 

@@ -930,3 +930,12 @@ def test_files_are_opened_as_utf8(tmp_path):
     assert not [
         line for line in result.stderr.split("\n") if "EncodingWarning" in line and "prepare_corpus" in line
     ]
+
+
+def test_a_file_may_not_take_the_name_of_a_built_in_source(tmp_path):
+    """--corpus demo demo=more.txt：一行说清，不悄悄丢掉其中一样。"""
+    (tmp_path / "more.txt").write_text("一行足够长的文字。\n" * 20, "utf-8")
+    message = error_of(
+        prepare_corpus, "--corpus", "demo", f"demo={tmp_path / 'more.txt'}", "--output_dir", tmp_path / "c"
+    )
+    assert "demo" in message and "换一个名字" in message and not (tmp_path / "c").exists()
