@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from common import ROOT, provenance, write_atomic
 from pypinyin import Style, pinyin
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 sys.path.insert(0, str(ROOT))
 from plot_loss import use_chinese_font
@@ -499,6 +500,7 @@ def main():
     args = parser.parse_args()
     if not find_snapshots(args.work_dir):
         sys.exit(f"错误：{args.work_dir}/snapshots 里没有快照；先 python a100_train.py --preset poem")
+    logging.disable_progress_bar()
     command = "python benchmarks/poem_form.py"
     result = provenance() | {"command": command} | measure(args.work_dir, args.poems)
     write_atomic(args.output.with_suffix(".json"), json.dumps(result, ensure_ascii=False, indent=1) + "\n")
