@@ -133,7 +133,7 @@ def download(name, source):
             what_next = f"接着试 {PLACES[places[0]]}" if places else "没有别的地方可试了"
             print(f"没有成功（{type(error).__name__}：{reason}）；{what_next}")
     sys.exit(
-        f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；pip install modelscope-hub 后，"
+        f"错误：下载 {hub} 失败。三条路：设 HF_ENDPOINT=https://hf-mirror.com；"
         f"用 --source modelscope；下载 modelscope.cn/datasets/{modelscope}，用 --corpus {name}=文件"
     )
 
