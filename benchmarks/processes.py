@@ -18,7 +18,33 @@ from pathlib import Path
 
 from common import ROOT, provenance, read_lines, write_atomic
 
-TRAINING = ["--device", "cpu", "--corpus", "demo", "--vocab_size", "3000", "--n_layer", "2", "--n_embd", "256", "--n_head", "4", "--block_size", "128", "--batch_size", "4", "--effective_batch_size", "8", "--max_steps", "30", "--logging_steps", "1", "--eval_steps", "1000", "--no-snapshots"]
+TRAINING = [
+    "--device",
+    "cpu",
+    "--corpus",
+    "demo",
+    "--vocab_size",
+    "3000",
+    "--n_layer",
+    "2",
+    "--n_embd",
+    "256",
+    "--n_head",
+    "4",
+    "--block_size",
+    "128",
+    "--batch_size",
+    "4",
+    "--effective_batch_size",
+    "8",
+    "--max_steps",
+    "30",
+    "--logging_steps",
+    "1",
+    "--eval_steps",
+    "1000",
+    "--no-snapshots",
+]
 
 
 def tokens_per_second(processes, work_dir):
