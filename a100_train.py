@@ -92,8 +92,20 @@ WARMUP = 0.05  # 预热占全程的几分之几
 WEIGHT_DECAY = 0.1  # 每步把矩阵和词向量缩小 学习率 × 0.1，免得权重越长越大
 BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
 # 改了其中一样，就是另一次训练，不能接着旧的检查点
-RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
-RECIPE += ["max_steps", "optim", "learning_rate", "muon_learning_rate", "seed"]
+RECIPE = [
+    "data_fingerprint",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "block_size",
+    "effective_batch_size",
+    "epochs",
+    "max_steps",
+    "optim",
+    "learning_rate",
+    "muon_learning_rate",
+    "seed",
+]
 
 
 def add_settings(parser):
@@ -197,10 +209,11 @@ def read_settings():
             fail(
                 f"--{name.removeprefix('asked_')} 是 {value}；要大于 0 的数，--max_steps 和 --seed 也可以是 0"
             )
-    if s.n_embd % s.n_head:
+    if s.n_embd % s.n_head != 0:
         fail(f"--n_embd {s.n_embd} 不是 --n_head {s.n_head} 的整数倍")
-    if s.effective_batch_size % ((s.asked_batch_size or 1) * WORLD_SIZE):
-        size = f"--batch_size {s.asked_batch_size} × {WORLD_SIZE} 个进程"
+    batch_size = s.asked_batch_size or 1  # 没有写的以后再定，至少 1 块
+    if s.effective_batch_size % (batch_size * WORLD_SIZE) != 0:
+        size = f"--batch_size {batch_size} × {WORLD_SIZE} 个进程"
         fail(f"--effective_batch_size {s.effective_batch_size} 不是 {size}的整数倍")
     return s
 
@@ -215,6 +228,7 @@ def choose(option, asked, possible):
 
 
 def choose_device(s):
+    """在哪里算，以及那张卡的名字和年代。"""
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.insert(0, "cuda")
@@ -313,10 +327,12 @@ def choose_batch_size(s):
     if s.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory - 18 * s.parameters - 1.5e9
     bytes_per_block = s.block_size * (36 * s.n_layer * s.n_embd + 12 * s.vocab_size)
-    size = 48
-    while size > 1 and (size * bytes_per_block > memory or s.effective_batch_size % (size * WORLD_SIZE)):
-        size -= 1
-    return size
+    for size in range(48, 1, -1):
+        fits = size * bytes_per_block <= memory
+        divides = s.effective_batch_size % (size * WORLD_SIZE) == 0
+        if fits and divides:
+            return size
+    return 1
 
 
 # ==== 2. 数据：文字 → token → 块 ====
@@ -400,8 +416,9 @@ def read_texts(corpus):
     """逐批给出训练的文档，一批两千篇；在终端里显示进度。"""
     for path in sorted(corpus.glob("train-*.parquet")):
         file = pq.ParquetFile(path, pre_buffer=False)
-        batches = math.ceil(file.metadata.num_rows / 2000)
-        for batch in tqdm(file.iter_batches(2000), "打包", batches, file=sys.stdout, disable=None):
+        total = math.ceil(file.metadata.num_rows / 2000)
+        batches = file.iter_batches(2000)
+        for batch in tqdm(batches, desc="打包", total=total, file=sys.stdout, disable=None):
             yield batch["text"].to_pylist()
 
 
@@ -438,10 +455,12 @@ class BlockStream(torch.utils.data.Dataset):
 # 输入 (B, T)：B 块，每块 T 个 token 的编号。每个编号查表得到一个 C 维的词向量，加上它所在位置的位置向量，成为 (B, T, C)。
 # 然后是 L 层，每层两步：
 #   注意力（attention）：每个位置从它前面的各个位置取信息。向量乘三个矩阵得到 q（要找什么）、k（我是什么）、v（我有什么）；
-#     q 与前面每个 k 的内积，经 softmax（取 e 的幂，再除以总和）变成加起来是 1 的权重，按权重把那些 v 平均。分 12 个头，各找各的。不许看后面：后面
-#     的就是答案（因果掩码）。
-#   MLP：注意力只搬运、平均，MLP 才把搬来的变成新的特征。每个位置自己加工：C 维变成 4C 维，过一个弯曲的函数（GELU），再变回 C 维。
-# 每步的结果都加回原来的向量（残差连接）：向量像一条主干道，每层只改一点；梯度（损失变化的方向，见第 4 节）也沿着它直达最底层，所以层数多也训练得动。
+#     q 与前面每个 k 的内积，经 softmax（取 e 的幂，再除以总和）变成加起来是 1 的权重，按权重把那些 v 平均。
+#     分 12 个头，各找各的。不许看后面：后面的就是答案（因果掩码）。
+#   MLP：注意力只搬运、平均，MLP 才把搬来的变成新的特征。每个位置自己加工：C 维变成 4C 维，过一个弯曲的函数（GELU），
+#     再变回 C 维。
+# 每步的结果都加回原来的向量（残差连接）：向量像一条主干道，每层只改一点；梯度（损失对每个数的导数，见第 4 节）也沿着它
+# 直达最底层，所以层数多也训练得动。
 # 每步之前先 LayerNorm：把向量缩放到差不多大，训练才稳。最后再 LayerNorm 一次，与 V 个词向量各做内积，得到每种 token 的
 # 分数（logits）(B, T, V)，softmax 变成概率。
 #
@@ -449,9 +468,9 @@ class BlockStream(torch.utils.data.Dataset):
 #   每层 12·C² + 13·C = 7,087,872：q、k、v 3C²，注意力的输出 C²，MLP 的 C → 4C → C 8C²，其余是偏置和 LayerNorm
 #   24,576,000 + 786,432 + 8 × 7,087,872 + 1,536 = 82,066,944
 #
-# 损失（loss）：每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均；用自然对数 ln，
-# 单位就叫 nat。什么都没学时，每种 token 的概率
-# 都是 1/V，损失就是 ln V：ln 32,000 = 10.37，演示 ln 4,500 = 8.41。第一次验证应当接近它，差得多就是程序有错。
+# 损失（loss）：每个位置都预测下一个 token，损失是 -ln(给正确答案的概率) 的平均；用自然对数 ln，单位就叫 nat。
+# 什么都没学时，每种 token 的概率都是 1/V，损失就是 ln V：ln 32,000 = 10.37，演示 ln 4,500 = 8.41。
+# 第一次验证应当接近它，差得多就是程序有错。
 
 
 class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
@@ -505,9 +524,10 @@ def build_model(s):
 
 # 一步：参数 -= 学习率 × 方向。方向由优化器从梯度（损失对每个参数的导数）算出。
 # AdamW 给每个数各定步长，记两份历史：梯度的平均，和梯度平方的平均；方向约是前者 ÷ 后者的平方根，所以每个数走得差不多快。
-# Muon（Keller Jordan 等，2024）把矩阵当整体看：梯度往往集中在少数几个方向上，别的方向几乎学不到。它把更新正交化（奇异值都
-#   变成约 1；奇异值是一个矩阵把各个方向的向量拉长的倍数），各个方向就走得一样远；只记一份历史（动量）。只有矩阵才有奇异值，所以偏置、LayerNorm 仍用 AdamW；词向量
-#   虽是表格，每行各管一个 token，不是把向量变成向量的矩阵，也用 AdamW。
+# Muon（Keller Jordan 等，2024）把矩阵当整体看：梯度往往集中在少数几个方向上，别的方向几乎学不到。它把更新正交化：奇异值
+#   都变成约 1，各个方向就走得一样远（奇异值是一个矩阵把各个方向的向量拉长的倍数）；只记一份历史（动量）。
+#   只有矩阵才有奇异值，所以偏置、LayerNorm 仍用 AdamW；词向量虽是表格，每行各管一个 token，不是把向量变成向量的
+#   矩阵，也用 AdamW。
 # 8 位 AdamW（adamw_bnb_8bit）的历史每个数只占 1 字节：0.66 GB 减到 0.32 GB（词向量仍是 4 字节），要更省显存时用。
 
 
@@ -550,17 +570,17 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["step"] = torch.tensor(0.0)  # 我们不用它；AdamW 读检查点时，要每个参数都有
             state["momentum"] = torch.zeros_like(p)
-        # a.lerp(b, w) 是 (1 − w)·a + w·b：先更新动量（旧的占 95 %），再算 更新 = 0.95 × 动量 + 0.05 × 这一次的梯度（Nesterov）
+        # a.lerp(b, w) 是 (1 − w)·a + w·b。先更新动量，旧的占 95 %；
+        # 再算 更新 = 0.95 × 动量 + 0.05 × 这一次的梯度（Nesterov）
         state["momentum"].lerp_(p.grad, 0.05)
         update = p.grad.lerp(state["momentum"], 0.95)
         parts = torch.stack(update.chunk(group["split"], dim=1))
         _, rows, columns = parts.shape
         update = torch.cat(orthogonalize(parts).unbind(), dim=1)
         lr = group["lr"]
+        scale = math.sqrt(max(1, columns / rows))  # 输出比输入宽 4 倍的（C → 4C），步子放大 √4 倍
         p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(
-            update, alpha=lr * max(1, columns / rows) ** 0.5
-        )  # 输出比输入宽 4 倍的（C → 4C），步子放大 √4 倍
+        p.sub_(update, alpha=lr * scale)
 
 
 def parameter_groups(model, adamw_lr, muon_lr):
@@ -582,7 +602,10 @@ def parameter_groups(model, adamw_lr, muon_lr):
 
 
 def build_optimizer(model, s):
-    """想试别的优化器：在这里加一个分支，名字加进 choose_packages 和 --optim 的说明，默认学习率加进 LEARNING_RATE，再换一个 --work_dir。"""
+    """想试别的优化器：在这里加一个分支，名字加进 choose_packages 和 --optim 的说明，再换一个 --work_dir。
+
+    默认的学习率在 LEARNING_RATE 里，choose_packages 决定用哪一族的。
+    """
     if s.optim == "muon":
         # fused：整个更新在一个核里。fp16 溢出时，fused 的 AdamW 在核里跳过，矩阵那一半却不会；None 让 torch 选别的
         fused = None if s.precision == "fp16" else True
@@ -679,7 +702,8 @@ def generate_samples(model, tokenizer, s):
 #     clip_grad_norm_(model.parameters(), 1.0)    # 梯度总长超过 1 就缩到 1：一批坏数据毁不了模型
 #     optimizer.step(); optimizer.zero_grad()     # 第 4 节；然后把梯度清零
 #     scheduler.step()                            # 下一步的学习率 = 最高学习率 × learning_rate_scale(步数)
-#     步数是 10 的倍数就记日志，是 500 的倍数就存检查点；验证、进度、停下是三个回调（callback），每步之后叫一次
+#     步数是 10 的倍数就记日志，是 500 的倍数就存检查点；然后叫两个回调（callback）：
+#     Observer 显示进度、验证、续写；StopRequest（第 8 节）管停下
 # 累积 2 次 48 块，和一次算 96 块，是同样的梯度（只差浮点舍入）：显存小的卡也能得到同样的模型。
 
 
@@ -970,7 +994,7 @@ def check_disk_before(s, checkpoint):
 
 
 def prepare_process(s, checkpoint):
-    """训练之前：看磁盘，写下设置，删掉 --fresh 不要的。"""
+    """训练之前：看磁盘，写下设置。从头训练的话，删掉旧的检查点和快照：--fresh 不要的，或没有一份完整的。"""
     check_disk_before(s, checkpoint)
     if checkpoint:
         print(f"从第 {step_of(checkpoint)} 步的检查点接着训练")

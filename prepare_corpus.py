@@ -228,7 +228,9 @@ def read_json(file):
     first = file.readline().strip(BLANK)
     if first.startswith("[") or first == "{":
         value = json.loads(first + "\n" + file.read())
-        yield from value if isinstance(value, list) else [value]
+        if not isinstance(value, list):
+            value = [value]
+        yield from value
         return
     for line in itertools.chain([first], file):
         line = line.lstrip(BLANK)
@@ -245,8 +247,9 @@ def read_csv(file):
     if b'\\"' in file.buffer.peek():  # MySQL 写的：引号里的引号前面加反斜杠
         escape = "\\"
     first = file.readline()
+    delimiter = "\t" if "\t" in first else ","
     lines = (line.lstrip("\ufeff") for line in itertools.chain([first], file, [END]))
-    reader = csv.DictReader(lines, delimiter="\t" if "\t" in first else ",", escapechar=escape)
+    reader = csv.DictReader(lines, delimiter=delimiter, escapechar=escape)
     start = 0
     end = 1
     for row in reader:
@@ -264,6 +267,7 @@ def read_txt(file):
     if b"<doc id=" in file.buffer.peek(20)[:20]:
         for article in re.split(r"(?m)^</?doc\b.*>$", file.read()):
             yield article.strip() or None
+        return
     piece = file.read(TXT_PIECE) + file.readline(TXT_PIECE)
     while piece:
         yield piece
@@ -310,7 +314,8 @@ def choose_shape(names, shapes):
 def cell_text(cell):
     """一格里的文字：字符串，几行字，或一轮一轮的对话；别的抛 ValueError。"""
     texts = []
-    for part in cell if isinstance(cell, list) else [cell]:
+    parts = cell if isinstance(cell, list) else [cell]
+    for part in parts:
         if isinstance(part, dict):
             part = part.get("content", part.get("value", part))
         if isinstance(part, bytes):
@@ -369,7 +374,7 @@ def read_file(path, shapes):
             bad_bytes += len(raw) - len(text)
         yield text, []
     oddities = unreadable + damaged
-    if len(unreadable) == rows > 0:
+    if rows > 0 and len(unreadable) == rows:
         oddities = [("left_out", 1, unreadable[0][2])]
     elif len(unreadable) > max(3, rows / 100) or bad_bytes > size / 1000:
         sys.exit(
@@ -471,7 +476,7 @@ def clean_rows(documents, poems, report):
     """逐篇给出洗好的文字和后面要用的数；改了什么、有什么怪事，在 report 里数。"""
     sources = report["sources"]
     examples = report["examples"]
-    for source, text, changes in tqdm(documents, "读入、清洗", unit=" 篇", file=sys.stdout, disable=None):
+    for source, text, changes in tqdm(documents, desc="读入、清洗", unit="篇", file=sys.stdout, disable=None):
         counts = sources.setdefault(source, Counter(dict.fromkeys(["rows", *CHANGES], 0)))
         if text is not None:
             if not counts["rows"]:
@@ -507,7 +512,9 @@ def held_out_limit(documents, smallest):
     约 0.5 %，至少 50 篇，但不超过 5 %（有两篇就总留一篇）。只看内容：换次序、加文档，同一段文字仍在同一边。
     """
     half_percent = int(np.searchsorted(smallest, np.uint64(0.005 * 2**64)))
-    count = min(max(50, half_percent), max(1, documents // 20), EVAL_MAXIMUM, documents - 1)
+    wanted = max(50, half_percent)
+    five_percent = max(1, documents // 20)
+    count = min(wanted, five_percent, EVAL_MAXIMUM, documents - 1)
     if count < 1:
         return np.uint64(0)
     return np.uint64(smallest[count - 1])
@@ -517,7 +524,7 @@ def split(table):
     """给 table（每篇一行）加几列：duplicates（重复的）、documents（留下的）、train_ 和 eval_documents。"""
     usable = table["characters"] > 0
     kept = usable & ~table["hash"].duplicated()
-    table["characters"] *= kept
+    table.loc[~kept, "characters"] = 0
     table["duplicates"] = usable & ~kept
     table["documents"] = kept
     table["eval_documents"] = False

@@ -257,6 +257,7 @@ def write_acrostic(run, model, title, heads, *values):
     """藏头诗：每一句先写上给定的字，再由模型写到句末的标点。没有给字，就平常地续写。"""
     if not heads:
         yield from write(run, model, title, *values)
+        return
     poem = title.strip()
     for number, head in enumerate(heads[:MAX_HEADS]):
         if number % 2 == 0:

