@@ -338,9 +338,8 @@ def peak_flops(name):
 
 def flops_per_token(parameters, values):
     """训练一个 token 的浮点运算次数：6N + 12·L·d·T（PaLM 论文附录 B）。"""
-    positions = (
-        values["block_size"] * values["n_embd"]
-    )  # 位置向量 T·d 个参数只是加上去，不做矩阵乘，不算在 N 里
+    # 位置向量 T·d 个参数只是加上去，不做矩阵乘，不算在 N 里
+    positions = values["block_size"] * values["n_embd"]
     return 6 * (parameters - positions) + 12 * values["n_layer"] * positions
 
 

@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 from common import ROOT, link_data, prepare, provenance, train, write_atomic
 
-CUDA, UNCHANGED = torch.cuda.is_available(), "（不改）"
+CUDA = torch.cuda.is_available()
+UNCHANGED = "（不改）"
 CHOSEN = ("device", "precision", "attn", "optim", "compile", "tf32")
 SIZES = {
     # 完整模型：与公开参考同样大小，每步 96 × 1,024 = 98,304 token
@@ -38,8 +39,11 @@ SIZES = {
     # 演示大小：只证明这个程序能跑，数字属于 CPU
     "tiny": dict(flags={"--preset": "demo", "--device": "cpu"}, micro=[4, 8, 16, 32], steps=36, window=3),
 }
-MASK, FORWARD, GELU = "attention=padding_mask", "forward=transformers", "config.activation_function="
-LAYERNORM, WORKERS = "layernorm=liger", "args.dataloader_num_workers="
+MASK = "attention=padding_mask"
+FORWARD = "forward=transformers"
+GELU = "config.activation_function="
+LAYERNORM = "layernorm=liger"
+WORKERS = "args.dataloader_num_workers="
 # 公开参考（WilsonWang01/gpt2-chinese-pretrain 的 a100_train.py）与默认不同的地方；CPU 上没有的略去
 REFERENCE = {
     "--optim": "adamw_bnb_8bit" if CUDA else "adamw_torch",
@@ -114,7 +118,8 @@ def settings(base, size, change):
 def measured_peak():
     """本机的峰值：最快的一次大矩阵乘（显卡 8,192³ bf16，CPU 2,048³ fp32）。返回 (FLOP/s, 说明)。"""
     size, dtype, device = (8192, torch.bfloat16, "cuda") if CUDA else (2048, torch.float32, "cpu")
-    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
     for _ in range(30):
         start = time.perf_counter()
         (a @ a)[0, 0].item()
@@ -134,7 +139,8 @@ def measure(base_dir, arguments, patches, steps, window, peak):
         return {"error": result["error"].removeprefix("错误："), "failed": not known}
     logs = [row for row in result["rows"] if "loss" in row]
     speeds = [row["tokens_per_second"] for row in logs[2:]]  # 第 1 步和头一段在编译和预热
-    speed, config = statistics.median(speeds), result["config"]
+    speed = statistics.median(speeds)
+    config = result["config"]
     usual = logs[1]["step"] * config["tokens_per_step"] / speed
     return {
         "tokens_per_second": round(speed, 1),
@@ -205,9 +211,11 @@ def write_results(path, document):
 
 def waiting(document, base, only):
     """还没量过（或设置变了）的行：[(键, 参数, 补丁, 要什么设备)]，“不改”和什么也没有改的不在内。"""
-    found, unchanged = [], settings(base, document["size"], (UNCHANGED, {}, [], [], False))
+    found = []
+    unchanged = settings(base, document["size"], (UNCHANGED, {}, [], [], False))
     for change in changes(base, document["size"]):
-        key, (arguments, patches) = f"{base}/{change[0]}", settings(base, document["size"], change)
+        key = f"{base}/{change[0]}"
+        arguments, patches = settings(base, document["size"], change)
         old = document["rows"].get(key, {})
         same = (old.get("arguments"), old.get("patches")) == (" ".join(arguments), patches)
         if (arguments, patches) != unchanged and not same and re.search(only or "", key):
@@ -242,13 +250,15 @@ def measure_unchanged(document, base, base_dir):
 def run_rows(path, document, base_dir, only, deadline):
     """量完还没量过的每一行；到点返回 False。"""
     for base in ("default", "reference"):
-        unchanged, since = None, 0
+        unchanged = None
+        since = 0
         for key, arguments, patches, needs in waiting(document, base, only):
             if time.time() > deadline:
                 return False
             if needs is False or needs == ("cuda" if CUDA else "cpu"):
                 if unchanged is None or since == 8:
-                    unchanged, since = measure_unchanged(document, base, base_dir), 0
+                    unchanged = measure_unchanged(document, base, base_dir)
+                    since = 0
                 row = measure(
                     base_dir,
                     arguments,
@@ -257,7 +267,8 @@ def run_rows(path, document, base_dir, only, deadline):
                     document["window"],
                     document["peak_flops"],
                 )
-                row["unchanged"], since = unchanged, since + 1
+                row["unchanged"] = unchanged
+                since += 1
             else:
                 row = {"error": "只在 CPU 上有意义" if CUDA else "没有 CUDA 显卡"}
             document["rows"][key] = {
@@ -284,7 +295,8 @@ def main():
     parser.add_argument("--budget_minutes", type=float, default=1e9, help="多少分钟后停，下次接着来")
     parser.add_argument("--only", help="只量名字（如 default/优化器 muon）匹配这个正则的行")
     args = parser.parse_args()
-    deadline, size = time.time() + 60 * args.budget_minutes, SIZES[args.size]
+    deadline = time.time() + 60 * args.budget_minutes
+    size = SIZES[args.size]
     device = torch.cuda.get_device_name() if CUDA else "CPU"
     path = args.results / f"ablation-{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
     document = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": {}}

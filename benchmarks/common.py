@@ -81,7 +81,8 @@ def train(work_dir, arguments, patches=(), timeout=None):
         "--work_dir",
         str(work_dir),
     ]
-    start, error = time.time(), None
+    start = time.time()
+    error = None
     try:
         process = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, encoding="utf-8"

@@ -49,7 +49,8 @@ class Block(torch.nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.ln_1 = torch.nn.LayerNorm(width)
+        self.ln_2 = torch.nn.LayerNorm(width)
         self.attn = torch.nn.ModuleDict({"c_attn": Linear(width, 3 * width), "c_proj": Linear(width, width)})
         self.mlp = torch.nn.ModuleDict({"c_fc": Linear(width, 4 * width), "c_proj": Linear(4 * width, width)})
 
@@ -92,11 +93,15 @@ class HandLoop:
     """手写的训练循环；学习率曲线与 a100_train.py 相同。"""
 
     def __init__(self, model, optimizer, steps, dataset, batch_size):
-        self.model, self.optimizer, self.dataset, self.batch_size = model, optimizer, dataset, batch_size
+        self.model = model
+        self.optimizer = optimizer
+        self.dataset = dataset
+        self.batch_size = batch_size
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: a100_train.learning_rate_scale(step, steps)
         )
-        self.step, self.losses = 0, []
+        self.step = 0
+        self.losses = []
 
     def run(self, steps):
         for _ in range(steps):
@@ -118,7 +123,9 @@ class TakeTurns(transformers.TrainerCallback):
     """Trainer 每走 window 步，停表，让另外两个各走同样多步，再接着计时。"""
 
     def __init__(self, window, others):
-        self.window, self.others, self.started = window, others, None
+        self.window = window
+        self.others = others
+        self.started = None
         self.seconds = {"trainer": [], **{name: [] for name in others}}
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -26,7 +26,8 @@ import psutil
 from common import ROOT, cpu_name
 
 BLOCK_SIZE = 1024
-FULL_DOCUMENTS, FULL_BYTES = 254_547 + 1_006_218, 2_400_000_000
+FULL_DOCUMENTS = 254_547 + 1_006_218
+FULL_BYTES = 2_400_000_000
 
 
 # ==== 把文本长大 ====
@@ -55,7 +56,8 @@ def grow(documents, path, size, number, seed):
             n = max(1, round(rng.choice(lengths) * scale))
             text = "".join(rng.choices(sentences, k=n)).strip()
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            written, count = written + len(text.encode()), count + 1
+            written += len(text.encode())
+            count += 1
     return written, count
 
 
@@ -67,7 +69,10 @@ class Watch(threading.Thread):
 
     def __init__(self, pid):
         super().__init__(daemon=True)
-        self.root, self.peak, self.written, self.stop = psutil.Process(pid), 0, {}, threading.Event()
+        self.root = psutil.Process(pid)
+        self.peak = 0
+        self.written = {}
+        self.stop = threading.Event()
 
     def run(self):
         while not self.stop.wait(0.1):
@@ -265,7 +270,8 @@ def main():
     one = sum(len(text.encode()) for text in documents)
     plan = [(f"{scale}x", one * scale, None) for scale in args.scales]
     plan += [("真实大小", FULL_BYTES, FULL_DOCUMENTS)] if args.full else []
-    rows, cores = [], os.cpu_count()
+    rows = []
+    cores = os.cpu_count()
     for scale, size, number in plan:
         shutil.rmtree(args.folder, ignore_errors=True)
         args.folder.mkdir(parents=True)

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -131,8 +132,8 @@ def steps_for(name, variant):
 def all_arguments(options, seed=42):
     """BASE、变体的选项、种子；只在最后一步验证（同一个选项写了两次，算后一次的）。"""
     arguments = [*BASE.split(), *options]
-    last = len(arguments) - 1 - arguments[::-1].index("--max_steps")
-    return [*arguments, "--eval_steps", arguments[last + 1], "--seed", str(seed)]
+    steps = [value for option, value in pairwise(arguments) if option == "--max_steps"]
+    return [*arguments, "--eval_steps", steps[-1], "--seed", str(seed)]
 
 
 def vocabulary_of(options):
@@ -190,6 +191,16 @@ def run_variant(name, variant, seed, work):
     lines = [json.dumps(row, ensure_ascii=False) for row in [head, *result["rows"]]]
     write_atomic(path, "\n".join(lines) + "\n")
     shutil.rmtree(folder)
+
+
+def run_experiment(name, seeds, work):
+    """一个实验的各变体，各种子训练一次，再印出表。"""
+    if name == "vocabulary":
+        measure_characters(name, work)
+    for seed in seeds:
+        for variant in EXPERIMENTS[name]:
+            run_variant(name, variant, seed, work)
+    print(table(name) or "只有演示本身，没有可比的")
 
 
 # ==== 3. 同样的时间、同样多的字，各是多少步 ====
@@ -358,22 +369,18 @@ def main():
         if name not in EXPERIMENTS:
             sys.exit(f"错误：没有实验 {name}；可以是 {'、'.join(EXPERIMENTS)}")
     if args.table:
-        return write_tables()
+        write_tables()
+        return
     if not args.names:
         for name, title in TITLES.items():
             print(f"{name:15}{title}")
-        return None
+        return
     for name in args.names:
         if args.step_times:
             measure_step_times(name, args.work_dir)
-            continue
-        if name == "vocabulary":
-            measure_characters(name, args.work_dir)
-        for seed in args.seeds:
-            for variant in EXPERIMENTS[name]:
-                run_variant(name, variant, seed, args.work_dir)
-        print(table(name) or "只有演示本身，没有可比的")
-    return write_tables()
+        else:
+            run_experiment(name, args.seeds, args.work_dir)
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def schedule_cosine(_):
         warmup_steps = round(a100_train.WARMUP * total_steps)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         rising = (step + 1) / max(1, warmup_steps)
-        return rising if step < warmup_steps else (1 + math.cos(math.pi * progress)) / 2
+        if step < warmup_steps:
+            return rising
+        return (1 + math.cos(math.pi * progress)) / 2
 
     a100_train.learning_rate_scale = cosine
 
@@ -65,9 +67,8 @@ def forward_transformers(_):
     original = transformers.GPT2LMHeadModel.forward
 
     def forward(self, input_ids=None, labels=None, **kwargs):
-        if (
-            labels is not None
-        ):  # 原版在内部错位，这里的 labels 已经错开了：shift_labels 是它留给这种情况的参数
+        if labels is not None:
+            # 原版在内部错位，这里的 labels 已经错开了：shift_labels 是它留给这种情况的参数
             kwargs |= {"labels": labels, "shift_labels": labels, "use_cache": False}
         return original(self, input_ids, **kwargs)
 
@@ -185,8 +186,10 @@ def apply_patches(patches):
             override(classes[kind], {name: parse_value(value)})
         elif key.isupper() and hasattr(a100_train, key):
             setattr(a100_train, key, parse_value(value))
-        elif patch in PATCHES or key in PATCHES:
-            PATCHES.get(patch, PATCHES.get(key))(value)
+        elif patch in PATCHES:
+            PATCHES[patch](value)
+        elif key in PATCHES:
+            PATCHES[key](value)
         else:
             sys.exit(
                 f"错误：没有补丁 {patch}；可用 大写常数=值、args.名=值、config.名=值、{'、'.join(PATCHES)}"
@@ -196,12 +199,11 @@ def apply_patches(patches):
 def write_report(path):
     """峰值内存：显卡上是 torch 分配过的最大值；CPU 上是整个进程的峰值常驻内存（RSS，含 Python 和库）。"""
     cuda = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    )
-    report = {"peak_memory_bytes": memory, "memory_kind": "cuda" if cuda else "rss"}
+    if cuda:
+        report = {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "memory_kind": "cuda"}
+    else:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        report = {"peak_memory_bytes": kilobytes * 1024, "memory_kind": "rss"}
     path.write_text(json.dumps(report), "utf-8")
 
 

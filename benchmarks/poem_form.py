@@ -15,7 +15,7 @@ import math
 import random
 import re
 import sys
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -111,7 +111,7 @@ def rhymes(verses):
     """相邻的两个偶数句，末字是不是押韵（同一个字不算押韵）。绝句看一处，律诗看三处。"""
     endings = [verse[-1] for verse in verses[1::2]]
     found = []
-    for first, second in zip(endings, endings[1:], strict=False):
+    for first, second in pairwise(endings):
         rhyme = sound(first)[0]
         found.append(first != second and rhyme is not None and rhyme == sound(second)[0])
     return found
@@ -144,7 +144,7 @@ def distinct_2(poems):
     pairs = []
     for verses in poems:
         for verse in verses:
-            pairs += zip(verse, verse[1:], strict=False)
+            pairs += pairwise(verse)
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
@@ -176,7 +176,8 @@ def shuffle_characters(verses, generator):
     """一首诗的字打乱，各句还是原来那么长：碰巧能押多少韵、合多少平仄。"""
     characters = list("".join(verses))
     generator.shuffle(characters)
-    shuffled, start = [], 0
+    shuffled = []
+    start = 0
     for verse in verses:
         shuffled.append("".join(characters[start : start + len(verse)]))
         start += len(verse)
@@ -233,7 +234,8 @@ def token_losses(model, ids):
 
 def is_body_han(pieces):
     """每个词块是不是正文里的汉字。词表里没有的字写成几个字节词块，也是；换行（<0x0A>）和标点不是。"""
-    answers, in_body = [], False
+    answers = []
+    in_body = False
     for piece in pieces:
         byte_of_a_character = re.fullmatch("<0x[89A-F][0-9A-F]>", piece)
         answers.append(in_body and bool(byte_of_a_character or re.fullmatch(f"{HAN}+", piece)))
@@ -247,8 +249,11 @@ def nats_per_character(model, tokenizer, texts):
     all：全部 token（标题、标点、换行、</s>），除以全部字符数；body_han：只算正文的汉字，除以正文的汉字数；
     tagged：全部 token，除以不算换行的字符数加 3。有的项目把一首写成 <标题|正文>，每首多三个记号而没有换行，这个才能与它比。
     """
-    total, characters, tagged = 0.0, 0, 0
-    han_total, han_characters = 0.0, 0
+    total = 0.0
+    characters = 0
+    tagged = 0
+    han_total = 0.0
+    han_characters = 0
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
         losses = token_losses(model, ids)
@@ -408,7 +413,8 @@ def table(result):
 
 
 def report(result):
-    last, held_out = result["snapshots"][-1], result["held_out"]
+    last = result["snapshots"][-1]
+    held_out = result["held_out"]
     lines = [
         "# 诗的样子是什么时候学会的",
         "",

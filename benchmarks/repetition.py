@@ -18,7 +18,8 @@ import torch
 from common import ROOT, provenance, read_lines, write_atomic
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPT_TOKENS, SEEDS = 8, (1, 2, 3)
+PROMPT_TOKENS = 8
+SEEDS = (1, 2, 3)
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
 GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
 SETTINGS = {

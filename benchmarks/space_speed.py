@@ -58,7 +58,9 @@ def start_button(url):
 
 def continue_once(url, function, tokens=30):
     """像网页那样请求一次续写，返回 (到第一个词块的秒数，到最后一个的秒数)。"""
-    session, start, first = os.urandom(5).hex(), time.perf_counter(), None
+    session = os.urandom(5).hex()
+    start = time.perf_counter()
+    first = None
     data = ["中国的历史", "", 0.8, 50, 0.9, 1.1, tokens, 1]
     body = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
     headers = {"Content-Type": "application/json"}
@@ -75,9 +77,11 @@ def continue_once(url, function, tokens=30):
 
 def measure(folder, tokens=30):
     """启动一次网页，量一遍，关掉。"""
-    port, load = free_port(), os.getloadavg()[0]
+    port = free_port()
+    load = os.getloadavg()[0]
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    url, start = f"http://127.0.0.1:{port}", time.perf_counter()
+    url = f"http://127.0.0.1:{port}"
+    start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, ROOT / "space" / "app.py", "--model", folder / "final_model"],
         env=environment,

@@ -14,6 +14,7 @@ import base64
 import io
 import json
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -44,7 +45,7 @@ def gpt2_counter(path):
     def count(word):
         parts = [bytes([byte]) for byte in word.encode("utf-8")]
         while len(parts) > 1:  # 每次合并次序最靠前的一对
-            pairs = [ranks.get(a + b, 1 << 30) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, 1 << 30) for a, b in pairwise(parts)]
             best = min(range(len(pairs)), key=pairs.__getitem__)
             if pairs[best] == 1 << 30:
                 break
@@ -110,7 +111,8 @@ def main():
     parser.add_argument("--gpt2", type=Path, required=True, help="gpt2.tiktoken 的路径")
     parser.add_argument("--broken", metavar="名字", help="再照公开参考的错法训练一次，用这个名字的语料")
     args = parser.parse_args()
-    count_gpt2, result = gpt2_counter(args.gpt2), {}
+    count_gpt2 = gpt2_counter(args.gpt2)
+    result = {}
     folders = {name: Path(folder) for name, _, folder in (run.partition("=") for run in args.runs)}
     for name, folder in folders.items():
         result[name] = measure(folder, count_gpt2)

@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 import a100_train
 
 RESULTS = ROOT / "results" / "recipe" / "scaling"
-BLOCK_SIZE, MICRO_BATCH = 256, 32  # 上下文；一次前向至多 32 × 256 token，再大的批量靠累积
+BLOCK_SIZE = 256  # 上下文
+MICRO_BATCH = 32  # 一次前向至多 32 × 256 token，再大的批量靠累积
 VOCABULARY = 8_000  # 扫学习率用：窄模型的时间大半花在输出层上，32,000 要慢 2.7 倍；差别另有一组对照
 
 
@@ -177,7 +178,8 @@ def learning_rate_scale(trial, step):
 def one_step(model, optimizer, data, trial, step, autocast, pause):
     """前向、反向（分几个微批量）、裁剪、更新；返回这一步的平均损失。"""
     size = trial.batch // BLOCK_SIZE
-    micro, total = min(size, MICRO_BATCH), 0.0
+    micro = min(size, MICRO_BATCH)
+    total = 0.0
     for start in range(step * size, (step + 1) * size, micro):
         while pause and pause.exists():  # 别人在量时间
             time.sleep(1)
@@ -194,7 +196,8 @@ def one_step(model, optimizer, data, trial, step, autocast, pause):
 
 def train(trial, work_dir, pause):
     """训练一次，逐次验证给出一行；损失不是有限数就停，最后一行带 error。"""
-    bf16, start = trial.precision == "bf16", time.process_time()
+    bf16 = trial.precision == "bf16"
+    start = time.process_time()
     evaluations = 6 if parameters(trial) > 8e7 else 1  # 扫学习率只看最后
     a100_train.orthogonalize = orthogonalize_bf16 if bf16 else ORTHOGONALIZE
 
@@ -203,7 +206,8 @@ def train(trial, work_dir, pause):
 
     model, optimizer, data = build(trial, work_dir)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(trial, step))
-    marks, losses = {round(trial.steps * i / evaluations) for i in range(evaluations + 1)}, []
+    marks = {round(trial.steps * i / evaluations) for i in range(evaluations + 1)}
+    losses = []
     for step in range(trial.steps + 1):
         if step in marks:
             with autocast():

@@ -22,7 +22,8 @@ from width import QUEUE
 RESULTS = ROOT / "results" / "recipe"
 TARGET = dict(width=768, batch=98_304, steps=11_838)  # 完整训练；步数是公开参考的
 FIELDS = ("width", "layers", "vocab", "batch", "steps", "schedule", "warmup", "beta2", "vectors", "precision")
-DRAWS, WINDOW = 1000, 0.12  # 重配的次数；每字比特：离最低点再远，抛物线就不像了
+DRAWS = 1000  # 重配的次数
+WINDOW = 0.12  # 每字比特：离最低点再远，抛物线就不像了
 PUBLISHED = [(524_288, 3.6e-3, "modded-nanogpt\n124M, 词向量共享")]  # (token/步, AdamW 部分的学习率, 出处)
 
 
@@ -40,7 +41,8 @@ def load(folder):
 
 def curves(runs, swept):
     """{其余设置: {swept 的值: [各种子的每字比特]}}；swept 是 rate 或 muon。"""
-    result, other = {}, "muon" if swept == "rate" else "rate"
+    result = {}
+    other = "muon" if swept == "rate" else "rate"
     for run in runs:
         key = tuple((name, run[name]) for name in (*FIELDS, other))
         result.setdefault(key, {}).setdefault(run[swept], []).append(run["bits"])
@@ -82,7 +84,11 @@ def fit_optimum(rates, bits, noise, seed=0):
         best = 2 ** x[np.argmin(y)]
         return {"best": best, "low": best / 2, "high": best * 2, "edge": "?"}
     top = vertex(x, y)
-    edge = "<" if top <= x[0] else ">" if top >= x[-1] else ""
+    edge = ""
+    if top <= x[0]:
+        edge = "<"
+    elif top >= x[-1]:
+        edge = ">"
     rng = np.random.default_rng(seed)
     draws = [vertex(x, y + noise * rng.standard_normal(len(y))) for _ in range(DRAWS)]
     low, high = np.percentile(draws, [16, 84])
@@ -126,7 +132,8 @@ def show(optimum):
 
 def optimum_table(runs, swept, noise):
     """一条曲线一行：各学习率的每字比特和最优。返回 (表的几行, [(设置, 最优)])；不到三个值的曲线只列不配。"""
-    lines, optima = [], []
+    lines = []
+    optima = []
     for key, curve in sorted(curves(runs, swept).items()):
         settings = dict(key)
         if (
@@ -203,7 +210,8 @@ def shift(runs, noise, **changed):
         pairs = [(math.log2(rate), np.mean(bits)) for rate, bits in (found[0] if found else {}).items()]
         return tuple(map(np.array, zip(*pairs, strict=True))) if pairs else (np.array([]), np.array([]))
 
-    (x, y), (x_control, y_control) = points(base), points(base | changed)
+    x, y = points(base)
+    x_control, y_control = points(base | changed)
     if len(x) < 3 or len(x_control) < 2:
         return None
     a, b, _ = np.polyfit(x, y, 2)
@@ -219,25 +227,29 @@ def predictions(runs, optima, noise):
     if not start or "batch" not in found:
         return []
     optimum = start[0][1]
-    center, variance = math.log2(optimum["best"]), (math.log2(optimum["high"] / optimum["low"]) / 2) ** 2
+    center = math.log2(optimum["best"])
+    variance = (math.log2(optimum["high"] / optimum["low"]) / 2) ** 2
     rows = [("768 维 × 2 层，词表 8,000，2,048 token/步，160 步（量到的）", 1.0, center, variance)]
     growth = {name: math.log2(TARGET[name] / start[0][0][name]) for name in ("batch", "steps")}
     moves = [("8 层", shift(runs, noise, layers=8)), ("词表 32,000", shift(runs, noise, vocab=32_000))]
-    moves += [
-        (text, (law[0][1] * growth[name], law[1][1, 1] ** 0.5 * growth[name]))
-        for name, text in (("batch", f"{TARGET['batch']:,} token/步"), ("steps", f"{TARGET['steps']:,} 步"))
-        if (law := found.get(name))
-    ]
+    for name, text in (("batch", f"{TARGET['batch']:,} token/步"), ("steps", f"{TARGET['steps']:,} 步")):
+        if name in found:
+            coefficients, covariance = found[name]
+            exponent = coefficients[1]
+            error = math.sqrt(covariance[1, 1])
+            moves.append((text, (exponent * growth[name], error * growth[name])))
     for text, move in moves:
         if move:
-            center, variance = center + move[0], variance + move[1] ** 2
+            center += move[0]
+            variance += move[1] ** 2
             rows.append((f"换成 {text}", 2 ** move[0], center, variance))
     return [(text, factor, *(2 ** (c + k * v**0.5) for k in (0, -1, 1))) for text, factor, c, v in rows]
 
 
 def write_table(folder):
     runs = load(folder / "scaling")
-    noise, first = seed_noise(runs), runs[0]
+    noise = seed_noise(runs)
+    first = runs[0]
     lines, optima = optimum_table(runs, "rate", noise)
     parts, found = laws(optima)
     names = {"width": "宽度", "batch": "批量", "steps": "步数"}
@@ -250,7 +262,8 @@ def write_table(folder):
         for name, factor, best, low, high in predictions(runs, optima, noise)
     ]
     muon_lines, _ = optimum_table(runs, "muon", noise)
-    notes, done = folder / "notes.md", {run["name"] for run in runs}
+    notes = folder / "notes.md"
+    done = {run["name"] for run in runs}
     left = [trial.name for trial in QUEUE if trial.name not in done]
     write_atomic(
         folder / "README.md",

@@ -37,9 +37,8 @@ def read(name):
             row = json.loads(line)
             rows.setdefault(str(row.get("step", "settings")), {}).update(row)
         return rows
-    if (
-        path.suffix == ".py"
-    ):  # 各选项的默认值：表里的一行 ("名字", 数, …)，或一句 add("--名字", …, default=数)
+    if path.suffix == ".py":
+        # 各选项的默认值：表里的一行 ("名字", 数, …)，或一句 add("--名字", …, default=数)
         text = path.read_text(encoding="utf-8")
         table = re.findall(r'^    \("(\w+)", ([\d.]+),', text, re.M)
         return dict(table + re.findall(r'"--(\w+)"[^)]*?\bdefault=([\d.]+)', text))
@@ -127,22 +126,30 @@ ADDED = {
 
 def look_up(name, path):
     """路径的一节是键或下标；键里可以有点，取配得上的最长的。"""
-    value, rest = read(name), path.replace("␣", " ")
+    value = read(name)
+    rest = path.replace("␣", " ")
     while rest:
-        keys = [str(key) for key in (range(len(value)) if isinstance(value, list) else value)]
+        if isinstance(value, list):
+            value = {str(place): item for place, item in enumerate(value)}
+        keys = list(value)
         fitting = [key for key in keys if f"{rest}.".startswith(f"{key}.")]
         if not fitting:
             sys.exit(
                 f"错误：{name} 里没有 {path}（找不到 {rest}）；改 README 里的出处，或 docs/readme_numbers.py 的 ADDED"
             )
         key = max(fitting, key=len)
-        value, rest = value[int(key) if isinstance(value, list) else key], rest[len(key) + 1 :]
-    return value if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value) else float(value)
+        value = value[key]
+        rest = rest[len(key) + 1 :]
+    if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value):
+        return value
+    return float(value)
 
 
 def log_line(step):
-    config, row = read("results/demo/config.json"), read("results/demo/train_log.jsonl")[step]
-    total, speed = config["total_steps"], row["tokens_per_second"]
+    config = read("results/demo/config.json")
+    row = read("results/demo/train_log.jsonl")[step]
+    total = config["total_steps"]
+    speed = row["tokens_per_second"]
     seconds = (total - int(step)) * config["effective_batch_size"] * config["block_size"] / speed
     return (
         f"`步 {step}/{total} | loss {row['loss']:.2f} | lr {row['learning_rate']:.1e} | {speed / 1000:.3g}k tok/s | "
@@ -163,17 +170,18 @@ def printed_as(value, like):
     """把 value 写成 like 的样子：同样的小数位，有没有千分位，是不是百分数；文字原样。"""
     if isinstance(value, str):
         return value.replace(" ", "␣")
-    percent = like.endswith("%")
-    decimals = len(like.rstrip("%").partition(".")[2])
-    text = f"{value * (100 if percent else 1):,.{decimals}f}"
-    return (text if "," in like or abs(value) < 1000 else text.replace(",", "")) + "%" * percent
+    if like.endswith("%"):
+        return printed_as(100 * value, like[:-1]) + "%"
+    decimals = len(like.partition(".")[2])
+    text = f"{value:,.{decimals}f}"
+    if "," not in like and abs(value) >= 1000:
+        text = text.replace(",", "")
+    return text
 
 
 def blocks(text):
     """空行分开的段，不算代码块；注释紧跟在空行后面的，归前一段。"""
-    text = re.sub(
-        r"^```.*?^```\n", "", re.sub(r"^ *```.*?^ *```\n", "", text, flags=re.S | re.M), flags=re.S | re.M
-    )
+    text = re.sub(r"^ *```.*?^ *```\n", "", text, flags=re.S | re.M)
     text = re.sub(r"\n\n(<!-- (?:出处|算|资料))", r"\n\1", text)
     return [block for block in text.split("\n\n") if not block.startswith("    ")]
 

@@ -56,7 +56,8 @@ def save(picture, path):
 def side_by_side(paths, output):
     """手机的几张拼成一张，缩小一半（截图是两倍像素）。"""
     pictures = [Image.open(path).convert("RGB") for path in paths]
-    height, gap = max(picture.height for picture in pictures), 24
+    height = max(picture.height for picture in pictures)
+    gap = 24
     canvas = Image.new("RGB", (sum(picture.width + gap for picture in pictures) - gap, height), "#bbbbbb")
     left = 0
     for picture in pictures:

@@ -77,7 +77,8 @@ def text_and_source(self, document):
 class ReadAndClean(PipelineStep):
     """读分到的文件，清洗；规则就是 prepare_corpus.py 的。"""
 
-    type, name = "📖 - READER", "清洗"
+    type = "📖 - READER"
+    name = "清洗"
 
     def __init__(self, files):
         super().__init__()
@@ -92,16 +93,16 @@ class ReadAndClean(PipelineStep):
                 for step, times, _ in changes:
                     self.stat_update(step, value=times)
                 if text:
-                    self.update_doc_stats(
-                        document := Document(text, path, metadata={"source": source, "file": number})
-                    )
+                    document = Document(text, path, metadata={"source": source, "file": number})
+                    self.update_doc_stats(document)
                     yield document
 
 
 class ReadCleaned(PipelineStep):
     """读回同一个任务在阶段 1 写的文件，次序不变。"""
 
-    type, name = "📖 - READER", "读清洗过的"
+    type = "📖 - READER"
+    name = "读清洗过的"
 
     def __init__(self, folder):
         super().__init__()
@@ -117,14 +118,16 @@ class ReadCleaned(PipelineStep):
 class CountHashes(PipelineStep):
     """每个来源的篇数，和最小的一些哈希；写成一个 JSON。"""
 
-    type, name = "📊 - STATS", "数哈希"
+    type = "📊 - STATS"
+    name = "数哈希"
 
     def __init__(self, folder):
         super().__init__()
         self.folder = folder
 
     def run(self, data, rank=0, world_size=1):
-        counts, smallest = {}, {}
+        counts = {}
+        smallest = {}
         for document in data:
             source = document.metadata["source"]
             counts[source] = counts.get(source, 0) + 1
@@ -142,14 +145,16 @@ class CountHashes(PipelineStep):
 class Split(PipelineStep):
     """按阶段 3 的哈希定出每个来源的界线，标上 train 或 eval。"""
 
-    type, name = "🔻 - FILTER", "切分"
+    type = "🔻 - FILTER"
+    name = "切分"
 
     def __init__(self, folder):
         super().__init__()
         self.folder = folder
 
     def limits(self):
-        counts, smallest = {}, {}
+        counts = {}
+        smallest = {}
         for path in sorted(Path(self.folder).glob("*.json")):
             part_counts, part_smallest = json.loads(path.read_text("utf-8"))
             for source, count in part_counts.items():
@@ -177,7 +182,8 @@ class Split(PipelineStep):
 
 def stages(files, output_dir, tasks):
     """[(阶段名, 流水线)]。"""
-    folder, config = Path(output_dir), ExactDedupConfig(content_getter=content, document_priority=priority)
+    folder = Path(output_dir)
+    config = ExactDedupConfig(content_getter=content, document_priority=priority)
     cleaned, signatures, duplicates, hashes = (
         str(folder / name) for name in ("cleaned", "signatures", "duplicates", "hashes")
     )
@@ -261,7 +267,8 @@ def main():
     if not 1 <= args.tasks <= 60_000:
         sys.exit(f"错误：--tasks 要在 1 到 60,000 之间，得到 {args.tasks}")
     sources = prepare_corpus.find_sources(args.corpus)
-    if builtin := [name for name, paths in sources.items() if not paths]:
+    builtin = [name for name, paths in sources.items() if not paths]
+    if builtin:
         sys.exit(f"错误：{'、'.join(builtin)} 是内置来源，这里只读文件；先下载，再写 --corpus 名字=文件")
     files = [(name, str(path.resolve())) for name, paths in sources.items() for path in paths]
     if len(files) >= 65_535:

@@ -12,7 +12,10 @@ TOKEN = "hf_correct_token_for_tests"
 
 class FakeHub:
     def __init__(self):
-        self.repos, self.objects, self.faults, self.requests = {}, {}, [], []
+        self.repos = {}
+        self.objects = {}
+        self.faults = []
+        self.requests = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub, self.server.daemon_threads = self, True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -78,7 +81,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self):
         asked = json.loads(self.body)
-        kind, name = asked.get("type") or "model", f"{asked.get('organization') or 'me'}/{asked['name']}"
+        kind = asked.get("type") or "model"
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if f"{kind}s/{name}" in self.server.hub.repos:
             return self.reply({"error": "exists"}, 409)
         self.server.hub.repos[f"{kind}s/{name}"] = {

@@ -64,10 +64,8 @@ TRAINING = [
     "0.01",
 ]
 STAGING = {"分词器": ".tokenizer.tmp", "语料": ".corpus.tmp"}
-PREPARING, REPEATING = (
-    {"语料": "corpus", "分词器": "tokenizer", "打包": "packed/meta.json"},
-    ["训练", "验证", "写检查点"],
-)
+PREPARING = {"语料": "corpus", "分词器": "tokenizer", "打包": "packed/meta.json"}
+REPEATING = ["训练", "验证", "写检查点"]
 ROUND = 10  # 每个工作目录杀这么多次，再跑到底检查一次
 TIMING = ("tokens_per_second", "elapsed_seconds")  # 日志里只有这几个数每次不同
 
@@ -243,7 +241,8 @@ def files_of(work_dir):
 def differences(reference, work_dir):
     """与对照的不同之处，一条一句；空列表就是一样。"""
     problems = [f"留下了 {path.relative_to(work_dir)}" for path in temporary_files(work_dir)]
-    missing, extra = files_of(reference) - files_of(work_dir), files_of(work_dir) - files_of(reference)
+    missing = files_of(reference) - files_of(work_dir)
+    extra = files_of(work_dir) - files_of(reference)
     problems += [f"少了 {name}" for name in sorted(missing)] + [f"多了 {name}" for name in sorted(extra)]
     for name in (
         "final_model/model.safetensors",
@@ -271,14 +270,20 @@ def differences(reference, work_dir):
 def measure_phases(starter, arguments, work_dir, log):
     """不打断地跑一次，返回每个阶段一次平均多少秒。"""
     start = time.time()
-    run, seconds, times, previous, since = starter(arguments, log), {}, {}, None, start
+    run = starter(arguments, log)
+    seconds = {}
+    times = {}
+    previous = None
+    since = start
     while run.poll() is None:
-        now, clock = phase(work_dir, start), time.time()
+        now = phase(work_dir, start)
+        clock = time.time()
         if now != previous:
             if previous:
                 seconds[previous] = seconds.get(previous, 0) + clock - since
                 times[previous] = times.get(previous, 0) + 1
-            previous, since = now, clock
+            previous = now
+            since = clock
         time.sleep(0.001)
     if run.wait():
         raise RuntimeError(f"不打断也没有跑完，退出码 {run.wait()}：\n{Path(log.name).read_text('utf-8')}")
@@ -288,8 +293,13 @@ def measure_phases(starter, arguments, work_dir, log):
 def plan_round(rng, kills):
     """一轮的 [(阶段, 第几次进入这个阶段)]：先是准备数据，再是训练中的几种，可能的话最后是写最终模型。"""
     order = list(PREPARING)
-    preparing = sorted(rng.choices(order, k=1) + (order if kills >= 8 else []), key=order.index)
-    final = ["写最终模型"] * (kills >= 5)
+    preparing = rng.choices(order, k=1)
+    if kills >= 8:
+        preparing += order
+    preparing.sort(key=order.index)
+    final = []
+    if kills >= 5:
+        final = ["写最终模型"]
     middle = (REPEATING * kills)[: kills - len(preparing) - len(final)]
     rng.shuffle(middle)
     return [(name, rng.randint(1, 3) if name in REPEATING else 1) for name in preparing + middle + final]
@@ -297,7 +307,9 @@ def plan_round(rng, kills):
 
 def inject(folder, kills, seed=0, starter=Command, documents=2000, say=print):
     """杀 kills 次。返回 {"phases": 每阶段秒数, "kills": [每次的记录], "rounds": [每轮与对照的不同]}。"""
-    rng, records, rounds = random.Random(seed), [], []
+    rng = random.Random(seed)
+    records = []
+    rounds = []
     corpus = ["--corpus", *build_corpus(folder, documents)]
     reference = folder / "reference"
     with open(folder / "reference.log", "a") as log:
@@ -305,17 +317,20 @@ def inject(folder, kills, seed=0, starter=Command, documents=2000, say=print):
     say("每个阶段的秒数：" + "，".join(f"{name} {seconds:.2f}" for name, seconds in phases.items()))
     while len(records) < kills:
         work_dir = folder / f"round-{len(rounds) + 1}"
-        arguments, problems = [*corpus, *TRAINING, "--work_dir", str(work_dir)], []
+        arguments = [*corpus, *TRAINING, "--work_dir", str(work_dir)]
+        problems = []
         with open(folder / f"{work_dir.name}.log", "a") as log:
             for wanted, occurrence in plan_round(rng, min(ROUND, kills - len(records))):
                 if wanted in PREPARING and (work_dir / PREPARING[wanted]).exists():
-                    wanted, occurrence = rng.choice(REPEATING), 1  # 上一次杀得太晚，这一步已经做完了
+                    wanted = rng.choice(REPEATING)  # 上一次杀得太晚，这一步已经做完了
+                    occurrence = 1
                 start = time.time()
                 run = starter(arguments, log)
                 if not wait_for(run, work_dir, start, wanted, occurrence):
                     code = kill(run)
                     say(f"     想在“{wanted}”时杀，但没有等到（退出码 {code}）")
-                    problems += [f"没有杀它，却以 {code} 退出，见 {log.name}"] if code else []
+                    if code:
+                        problems.append(f"没有杀它，却以 {code} 退出，见 {log.name}")
                     break
                 time.sleep(rng.uniform(0, 0.6 * phases.get(wanted, 0.1)))
                 actual = phase(work_dir, start)

@@ -13,7 +13,11 @@ SHA = "a" * 40
 
 class KaggleHub:
     def __init__(self, private=True):
-        self.files, self.objects, self.commits, self.exists, self.private = {}, {}, 0, False, private
+        self.files = {}
+        self.objects = {}
+        self.commits = 0
+        self.exists = False
+        self.private = private
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub, self.server.daemon_threads = self, True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -45,11 +49,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self.path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply({"error": "Invalid user token"}, 401)
         line = f"{self.command} {self.path.split('?')[0]}"
-        action, found = next(
-            ((action, found) for pattern, action in ROUTES if (found := re.fullmatch(pattern, line))),
-            (None, None),
-        )
-        return action(self, *found.groups()) if action else self.reply({"error": line}, 404)
+        for pattern, action in ROUTES:
+            found = re.fullmatch(pattern, line)
+            if found:
+                return action(self, *found.groups())
+        return self.reply({"error": line}, 404)
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_any
 
@@ -59,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"error": "exists", "url": f"{hub.url}/me/state"}, 409)
         asked = json.loads(self.body)
         private = asked.get("visibility") == "private" or asked.get("private")
-        hub.exists, hub.private = True, hub.private and private
+        hub.exists = True
+        hub.private = hub.private and private
         return self.reply({"url": f"{hub.url}/me/state", "name": "me/state"})
 
     def info(self):

@@ -65,7 +65,8 @@ def docstring_of(node):
 
 def token_lines(text):
     """每个逻辑行的 token。"""
-    lines, current = [], []
+    lines = []
+    current = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in KINDS:
             current.append(token.string)

@@ -104,7 +104,8 @@ def test_forward_and_mask_do_not_change_the_loss(unpatched, monkeypatch):
     s = settings(monkeypatch, "--preset", "demo", **SHAPE)
     expected = a100_train.build_model(s)(**batch())["loss"].item()
     patched_train.apply_patches(["attention=padding_mask", "forward=transformers"])
-    model, masks = a100_train.build_model(s), []
+    model = a100_train.build_model(s)
+    masks = []
     block = model.transformer.forward
     monkeypatch.setattr(model.transformer, "forward", lambda *a, **k: masks.append(k) or block(*a, **k))
     result = model(**batch())
@@ -183,7 +184,8 @@ def test_plain_gpt2_is_the_same_model(monkeypatch):
     model = a100_train.build_model(settings(monkeypatch, "--preset", "demo", **SHAPE))
     plain = cpu_step.PlainGPT2(**SHAPE)
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if "lm_head" not in name})
-    loss, plain_loss = model(**batch())["loss"], plain(**batch())
+    loss = model(**batch())["loss"]
+    plain_loss = plain(**batch())
     loss.backward()
     plain_loss.backward()
     assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-6)
@@ -230,7 +232,8 @@ def test_reference_curve_from_runs(tmp_path, monkeypatch):
             for step in (1, 10, 20, 30, 40)
         ]
         (tmp_path / f"run{seed}/train_log.jsonl").write_text("".join(rows), "utf-8")
-    folders, output = [tmp_path / "run42", tmp_path / "run43"], tmp_path / "curves.json"
+    folders = [tmp_path / "run42", tmp_path / "run43"]
+    output = tmp_path / "curves.json"
     for _ in range(2):
         call(reference_curves, *folders, "--name", "x", "--output", output)
     (curve,) = json.loads(output.read_text("utf-8"))

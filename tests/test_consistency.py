@@ -312,7 +312,8 @@ def test_text_files_are_opened_as_utf8(name):
     for node in ast.walk(ast.parse(source(name))):
         if not isinstance(node, ast.Call):
             continue
-        function, keywords = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+        function = ast.unparse(node.func)
+        keywords = {keyword.arg for keyword in node.keywords}
         modes = [argument.value for argument in node.args[1:] if isinstance(argument, ast.Constant)]
         text = function == "open" and not any("b" in str(mode) for mode in modes)
         if text or function.endswith((".read_text", ".write_text")):

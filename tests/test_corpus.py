@@ -400,7 +400,8 @@ def test_what_is_read(tmp_path, name):
     texts, report = prepare(tmp_path, files)
     assert texts == sorted(expected)
     assert report["sources"]["书"]["unreadable"] == report["sources"]["书"]["left_out"] == 0
-    assert report["sources"]["书"]["empty"] == 2 * (name == "null")
+    empty = 2 if name == "null" else 0
+    assert report["sources"]["书"]["empty"] == empty
 
 
 @pytest.mark.parametrize("packed", ["", ".zst"])
@@ -448,7 +449,8 @@ def test_an_odd_row_is_skipped_and_counted(tmp_path, capsys, bad, why, packed):
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
 def test_bad_bytes_go_and_are_counted(tmp_path, capsys, encoding, name):
     body = "".join(GOOD) if ".txt" in name else lines(*({"text": text} for text in GOOD)).decode()
-    data, half = body.encode(encoding), len(body[:1000].encode(encoding))
+    data = body.encode(encoding)
+    half = len(body[:1000].encode(encoding))
     other = {"other.txt": "另外一部好好的小说".encode()}
     texts, report = prepare(tmp_path, {name: data[:half] + b"\xff\xff" + data[half:]} | other)
     assert "".join(sorted(texts)).count("篇好好的文章") == 400 and report["sources"]["书"]["bad_bytes"] == 2
@@ -549,7 +551,8 @@ def test_closed_places(tmp_path, monkeypatch, capsys):
     closed = tmp_path / "closed"
     closed.mkdir()
     good = write_jsonl(tmp_path / "a.jsonl", ["第一篇文章", "第二篇文章"])
-    real_open, real_stat = open, os.stat
+    real_open = open
+    real_stat = os.stat
 
     def refused(path, *args, **settings):
         if str(closed) in str(path):
@@ -679,7 +682,8 @@ def build(tmp_path, texts, name="out"):
 def test_split_depends_on_content_only(tmp_path):
     """换次序，同一篇仍在同一边；两边没有相同的。"""
     texts = [f"这是第 {i} 篇文档" for i in range(2000)]
-    first, again = build(tmp_path, texts), build(tmp_path, texts[::-1] + texts[:9], "again")
+    first = build(tmp_path, texts)
+    again = build(tmp_path, texts[::-1] + texts[:9], "again")
     assert first == again and len(first["eval"]) == 50 and not first["train"] & first["eval"]
 
 
@@ -720,7 +724,8 @@ def test_shuffled_and_always_the_same(tmp_path, real_texts):
     source = write_jsonl(tmp_path / "a.jsonl", real_texts["news"][:3000])
     call(prepare_corpus, "--corpus", source, "--output_dir", tmp_path / "one")
     call(prepare_corpus, "--corpus", source, "--output_dir", tmp_path / "again")
-    one, again = report_of(tmp_path / "one"), report_of(tmp_path / "again")
+    one = report_of(tmp_path / "one")
+    again = report_of(tmp_path / "again")
     assert one["corpus_hash"] == again["corpus_hash"] and one["sources"] == again["sources"]
     rows = corpus_of(tmp_path / "one", "train")
     assert rows == corpus_of(tmp_path / "again", "train")

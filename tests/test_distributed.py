@@ -68,10 +68,10 @@ def check_same(work, expected):
     ours, theirs = (load_file(folder / "final_model/model.safetensors") for folder in (work, expected))
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        a, b = ours[name], theirs[name]
-        if name.endswith(
-            "c_attn.bias"
-        ):  # k 的偏置加在每个位置上，softmax 里抵消：梯度只有舍入误差，Adam 又把它放大
+        a = ours[name]
+        b = theirs[name]
+        # k 的偏置加在每个位置上，softmax 里抵消：梯度只有舍入误差，Adam 又把它放大
+        if name.endswith("c_attn.bias"):
             a, b = (torch.cat([q, v]) for q, _, v in (a.chunk(3), b.chunk(3)))
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=name)
     rows, expected_rows = (read_jsonl(folder / "train_log.jsonl") for folder in (work, expected))
@@ -142,7 +142,8 @@ def test_two_nodes_equal_one(one, work_dir, tmp_path):
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
 def test_each_step_sees_the_same_blocks(micro_batch):
     """Trainer 把一批批轮流分给各进程：不论微批量和进程数，第 k 步用的都是第 16k 到 16k+15 块。"""
-    effective, length = 16, 16 * 5
+    effective = 16
+    length = 16 * 5
     for world in (1, 2):
         accumulation = effective // (micro_batch * world)
         batches = BatchSampler(SequentialSampler(range(length)), micro_batch, drop_last=False)
@@ -164,7 +165,9 @@ def test_sigterm_to_torchrun_then_one_process(copied, no_plot):
         "--work_dir",
         copied,
     ]
-    process, log, end = torchrun(arguments), copied / "train_log.jsonl", time.time() + 150
+    process = torchrun(arguments)
+    log = copied / "train_log.jsonl"
+    end = time.time() + 150
     while (
         time.time() < end
         and process.poll() is None
@@ -185,7 +188,8 @@ def test_error_of_rank_zero_ends_the_job(one, tmp_path):
     """0 号进程发现设置变了：整个任务以非零退出，各进程一共只说一行；等着的进程随即退出，不用等它超时。"""
     shutil.copytree(one, tmp_path / "work")
     logs = ("--standalone", "--redirects", 3, "--log-dir", tmp_path / "logs")  # 各进程的输出各写各的文件
-    arguments, start = [*ARGUMENTS, "--work_dir", tmp_path / "work", "--seed", 7], time.time()
+    arguments = [*ARGUMENTS, "--work_dir", tmp_path / "work", "--seed", 7]
+    start = time.time()
     process = torchrun(arguments, nodes=logs)
     report = finish(process)
     assert process.returncode != 0 and time.time() - start < 150, report

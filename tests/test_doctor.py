@@ -34,9 +34,13 @@ def server():
             port = self.server.server_port
             if self.path.startswith("/slow"):
                 time.sleep(2)
-            self.send_response(302 if self.path in MOVED else 200 if self.path in PAGES else 404)
             if self.path in MOVED:
+                self.send_response(302)
                 self.send_header("Location", MOVED[self.path]().format(port=port))
+            elif self.path in PAGES:
+                self.send_response(200)
+            else:
+                self.send_response(404)
             self.end_headers()
             self.wfile.write(PAGES.get(self.path, b""))
 
@@ -306,13 +310,15 @@ def test_compiler(monkeypatch, tmp_path, missing):
 def test_peak(monkeypatch, name, tflops):
     peak = doctor.peak_flops(name)
     assert peak == (tflops and tflops * 1e12)
+    assert peak == a100_train.peak_flops(name), "两个脚本各有一份峰值的表，要一样"
     card(monkeypatch, name, (8, 0))
     text = doctor.share_of_peak(62.4e12, "cuda")
     assert (f"MFU {62.4 / tflops:.0%}" if tflops else "不知道") in text
 
 
 def test_out_of_memory_halves_the_micro_batch(monkeypatch):
-    real, sizes = doctor.training_step, []
+    real = doctor.training_step
+    sizes = []
 
     def scarce(model, optimizer, tokens, dtype):
         sizes.append(len(tokens))

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_equal_tokens(name):
     for variant in experiments.EXPERIMENTS[name]:
         words = experiments.all_arguments(experiments.settle(name, variant)[0])
         used = {"--block_size": "64", "--effective_batch_size": "32"}
-        used |= dict(zip(words, words[1:], strict=False))
+        used |= dict(pairwise(words))
         steps = int(used["--max_steps"])
         assert steps * int(used["--block_size"]) * int(used["--effective_batch_size"]) == 400 * 32 * 64
 

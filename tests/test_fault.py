@@ -74,7 +74,8 @@ def test_killed_while_writing_a_checkpoint(work, finished, no_plot, step, writte
     shutil.rmtree(work / "final_model")
     for other in range(step + 1, STEPS + 1):
         shutil.rmtree(work / f"checkpoints/checkpoint-{other}", ignore_errors=True)
-    folder, past = work / f"checkpoints/checkpoint-{step}", False
+    folder = work / f"checkpoints/checkpoint-{step}"
+    past = False
     for name in (
         "config.json",
         "model.safetensors",
@@ -141,7 +142,9 @@ def test_three_sessions_equal_one(work_dir, finished, tmp_path, no_plot, monkeyp
     for session in range(1, STEPS + 1):
         assert not (folder / "final_model").exists()
         if session < STEPS:
-            argv = ["--work_dir", folder, *TINY, "--max_hours", 1e-6, *["--fresh"] * (session == 1)]
+            argv = ["--work_dir", folder, *TINY, "--max_hours", 1e-6]
+            if session == 1:
+                argv.append("--fresh")
             assert exit_code(*argv) == 0
             assert f"停在第 {session} 步，检查点已存好。接着训练：同一条命令" in capsys.readouterr().out
         else:
@@ -181,7 +184,8 @@ def after_step(stop, step):
 
 def test_several_processes_vote_at_every_step(stop, monkeypatch):
     """几个进程每一步都商量（torchrun 只等 30 秒）；一个要停，就都停在这一步。一个进程不必商量。"""
-    votes, others = [], [False]
+    votes = []
+    others = [False]
     monkeypatch.setattr(
         a100_train.accelerate.utils, "gather_object", lambda mine: votes.append(mine) or mine + others
     )
@@ -198,11 +202,12 @@ def test_several_processes_vote_at_every_step(stop, monkeypatch):
 def test_signal_during_the_vote_is_not_lost(stop, monkeypatch):
     """几个进程正在商量停不停（各自已交出“不停”）时来了信号：这一步照商量好的继续，下一步就停。"""
     monkeypatch.setattr(a100_train, "WORLD_SIZE", 2)
-    monkeypatch.setattr(
-        a100_train.accelerate.utils,
-        "gather_object",
-        lambda votes: (stop.request(signal.SIGTERM, None), votes)[1],
-    )
+
+    def gather(votes):
+        stop.request(signal.SIGTERM, None)
+        return votes
+
+    monkeypatch.setattr(a100_train.accelerate.utils, "gather_object", gather)
     assert after_step(stop, 3) == (False, False)
     assert after_step(stop, 4) == (True, True)
     assert stop.exit_code == 128 + signal.SIGTERM
@@ -215,7 +220,8 @@ def test_killed_between_writing_aside_and_renaming(work, monkeypatch):
     """日志写在旁边，还没有改名就被杀：原来的 train_log.jsonl 一个字节也不少。"""
     names = ("train_log.jsonl", "samples.jsonl", "generation_samples.md", "config.json")
     before = {name: (work / name).read_bytes() for name in names}
-    replace, killed = Path.replace, []
+    replace = Path.replace
+    killed = []
 
     def kill(path, target):
         killed.append(target.name)
@@ -262,7 +268,8 @@ def test_no_code_is_loaded_from_files(path):
     assert "trust_remote_code" not in text and "allow_pickle" not in text
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call):
-            function, where = ast.unparse(node.func), f"{path.name} 第 {node.lineno} 行"
+            function = ast.unparse(node.func)
+            where = f"{path.name} 第 {node.lineno} 行"
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert not re.search(r"(^|\.)(pickle|dill|cloudpickle|joblib)\.", function), where
             assert function not in ("eval", "exec", "Unpickler", "loads", "os.system"), where

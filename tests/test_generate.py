@@ -67,7 +67,8 @@ def test_greedy_is_generate(run_folder, capsys):
 )
 def test_half_characters_are_held_back(capsys, pieces, shown, broken):
     tokenizer = tiny_run.tokenizer()
-    printer, seen = generate.Printer(tokenizer, skip_prompt=True, skip_special_tokens=True), []
+    printer = generate.Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    seen = []
     printer.put(torch.tensor([[5, 6]]))  # 提示词
     for token in tokenizer.convert_tokens_to_ids(pieces):
         printer.put(torch.tensor([token]))

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT
 from kaggle_hub import TOKEN, KaggleHub
 
-FILE, GUIDE = ROOT / "kaggle_pretrain_combined.py", ROOT / "docs" / "kaggle"
+FILE = ROOT / "kaggle_pretrain_combined.py"
+GUIDE = ROOT / "docs" / "kaggle"
 SOURCE = FILE.read_text(encoding="utf-8")
 sys.path.insert(0, str(GUIDE))
 # 一个几秒钟就训练完的设置
@@ -74,7 +75,8 @@ def run_as_script(folder, tree, **constants):
 def load(tree, **constants):
     """只取定义，不执行调用，当模块用。"""
     (tree / "temp" / "gpt2-chinese-temp").mkdir(parents=True)
-    module, body = types.ModuleType("kaggle_file"), ast.parse(edited(SOURCE, tree, **constants)).body
+    module = types.ModuleType("kaggle_file")
+    body = ast.parse(edited(SOURCE, tree, **constants)).body
     kept = [node for node in body if not isinstance(node, ast.Expr)]
     before = dict(os.environ)
     exec(compile(ast.Module(kept, []), "kaggle_file", "exec"), vars(module))
@@ -206,7 +208,8 @@ def test_muon_direction_in_fp16(kaggle):
         is_cuda = True
 
     torch.manual_seed(0)
-    kaggle.torch.cuda.get_device_capability, before = lambda: (7, 5), kaggle.torch.cuda.get_device_capability
+    before = kaggle.torch.cuda.get_device_capability
+    kaggle.torch.cuda.get_device_capability = lambda: (7, 5)
     try:
         for shape, size in ((3, 64, 64), 1e-6), ((1, 64, 256), 1.0), ((1, 256, 64), 1e4):
             gradient = torch.randn(shape) * size
@@ -227,7 +230,8 @@ def test_grad_scaler_skips_an_overflow(kaggle):
     model = kaggle.build_model(kaggle.s)
     groups = kaggle.parameter_groups(model, 1e-3, 0.02)
     optimizer = kaggle.Muon(groups, lr=1e-3, betas=kaggle.BETAS, foreach=True, fused=False)
-    scaler, ids = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.arange(64).view(2, 32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ids = torch.arange(64).view(2, 32)
     for overflow in True, False:
         before = [p.detach().clone() for p in model.parameters()]
         scaler.scale(model(ids, ids)["loss"]).backward()
@@ -275,7 +279,9 @@ def test_settings_of_a_card(kaggle, monkeypatch, capsys, card, count, precision,
     monkeypatch.setattr(cuda, "get_device_name", lambda *number: card.name)
     monkeypatch.setattr(cuda, "get_device_capability", lambda *number: (card.major, card.minor))
     monkeypatch.setattr(cuda, "get_device_properties", lambda number: card)
-    kaggle.PROCESSES, kaggle.WORLD_SIZE, s = None, count, kaggle.s
+    kaggle.PROCESSES = None
+    kaggle.WORLD_SIZE = count
+    s = kaggle.s
     vars(s).update(kaggle.FULL, vocab_size=32_000, parameters=82_066_944)
     kaggle.check_machine(s)
     assert (s.precision, s.attn, s.processes, s.device) == (precision, "sdpa", count, "cuda")
@@ -304,8 +310,10 @@ def test_disk_almost_full(kaggle, monkeypatch):
     assert kaggle.room() <= 20e9 - 2**20
     monkeypatch.setattr(kaggle, "room", lambda: 1e6)
     kaggle.s.parameters = 10**6
-    kaggle.s.deadline, bag = math.inf, types.SimpleNamespace
-    stop, control = kaggle.StopRequest(kaggle.s), bag(should_training_stop=False, should_save=False)
+    kaggle.s.deadline = math.inf
+    bag = types.SimpleNamespace
+    stop = kaggle.StopRequest(kaggle.s)
+    control = bag(should_training_stop=False, should_save=False)
     for step, stopped in (4, False), (5, True):
         stop.on_step_end(bag(logging_steps=5), bag(global_step=step), control)
         assert control.should_training_stop == control.should_save == stopped
@@ -447,7 +455,8 @@ def as_notebook(source, pasted=False):
 def two_sessions(tmp_path_factory):
     """第一次逐格运行，时间到了停下；第二次粘贴成一格，从第一次的输出接着来。返回两次的 (work_dir, notebook)。"""
     need_jupyter()
-    folder, runs = tmp_path_factory.mktemp("sessions"), []
+    folder = tmp_path_factory.mktemp("sessions")
+    runs = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         for number, hours in enumerate(("1e-9", "11")):
             tree = tree_in(folder / str(number))

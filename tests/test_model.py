@@ -68,7 +68,8 @@ def test_config_traps():
     assert config.activation_function == "gelu_pytorch_tanh"
     assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0 and config.use_cache is False
     assert tiny_model(attn="eager").config._attn_implementation == "eager"
-    x, functions = torch.linspace(-8, 8, 4001), transformers.activations.ACT2FN
+    x = torch.linspace(-8, 8, 4001)
+    functions = transformers.activations.ACT2FN
     assert (functions["gelu_pytorch_tanh"](x) - functions["gelu_new"](x)).abs().max() < 1e-6
 
 
@@ -85,13 +86,18 @@ def test_same_seed_same_weights():
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_causality(attn):
     """改动第 10 个 token：之前的 logits 不变，之后的要变；训练用的损失也一样。"""
-    model, batch = tiny_model(attn=attn).eval(), random_batch()
-    ids, labels = batch["input_ids"], torch.full_like(batch["labels"], -100)
-    changed, labels[:, 9] = ids.clone(), batch["labels"][:, 9]
+    model = tiny_model(attn=attn).eval()
+    batch = random_batch()
+    ids = batch["input_ids"]
+    labels = torch.full_like(batch["labels"], -100)
+    changed = ids.clone()
+    labels[:, 9] = batch["labels"][:, 9]
     changed[:, 10] = (ids[:, 10] + 7) % TINY["vocab_size"]
     with torch.no_grad():
-        before, after = model(input_ids=ids).logits, model(input_ids=changed).logits
-        first, second = model(ids, labels)["loss"], model(changed, labels)["loss"]
+        before = model(input_ids=ids).logits
+        after = model(input_ids=changed).logits
+        first = model(ids, labels)["loss"]
+        second = model(changed, labels)["loss"]
     assert torch.allclose(before[:, :10], after[:, :10], atol=1e-6)
     assert torch.allclose(first, second, atol=1e-6)
     assert not torch.allclose(before[:, 10:], after[:, 10:], atol=1e-3)
@@ -106,7 +112,8 @@ def test_eager_equals_sdpa():
 
 def spied_attention(monkeypatch):
     """记下每次 scaled_dot_product_attention 的 (attn_mask, is_causal)。"""
-    seen, original = [], F.scaled_dot_product_attention
+    seen = []
+    original = F.scaled_dot_product_attention
 
     def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
         seen.append((attn_mask, is_causal))
@@ -119,7 +126,8 @@ def spied_attention(monkeypatch):
 @pytest.mark.parametrize("train", [True, False])
 def test_attention_is_causal_without_a_mask(monkeypatch, train):
     """只传 is_causal=True，掩码是 None：有掩码就用不上 FlashAttention 核。"""
-    seen, batch = spied_attention(monkeypatch), random_batch()
+    seen = spied_attention(monkeypatch)
+    batch = random_batch()
     tiny_model()(**(batch if train else {"input_ids": batch["input_ids"]}))
     assert seen == [(None, True)] * TINY["n_layer"]
 
@@ -204,7 +212,8 @@ def test_initial_loss_is_near_uniform():
 
 def test_loss_equals_the_original_class():
     """与 transformers 原版的损失、梯度相同：原版在内部错位，我们传错好位的 labels。训练时不返回 logits（显存）。"""
-    model, batch = tiny_model(), random_batch()
+    model = tiny_model()
+    batch = random_batch()
     plain = transformers.GPT2LMHeadModel(model.config)
     plain.load_state_dict(model.state_dict())
     plain.loss_type = "ForCausalLM"
@@ -266,7 +275,10 @@ def test_parameter_groups():
     assert len(found) == sum(len(group["params"]) for group in groups) == len(names)
     for name, group in found.items():
         matrix = name.endswith("weight") and any(part in name for part in ("c_attn", "c_proj", "c_fc"))
-        assert group["split"] == (0 if not matrix else 3 if "c_attn" in name else 1), name
+        parts = 0  # 不是矩阵
+        if matrix:
+            parts = 3 if "c_attn" in name else 1
+        assert group["split"] == parts, name
         assert group["lr"] == (2e-2 if matrix else 1e-2)
         assert group["weight_decay"] == (0.1 if matrix or "wte" in name or "wpe" in name else 0.0), name
 
@@ -283,7 +295,9 @@ def one_by_one(p, momentum, group):
 
 def test_muon_equals_its_definition():
     """两步：矩阵照定义走（q、k、v 各自正交化），其余的与 torch 的 AdamW 逐步相同。"""
-    model, copy, momenta = tiny_model(), tiny_model(), {}
+    model = tiny_model()
+    copy = tiny_model()
+    momenta = {}
     optimizer = muon_for(model)
     groups = [group for group in a100_train.parameter_groups(copy, 1e-2, 2e-2) if not group["split"]]
     adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
@@ -312,7 +326,8 @@ def test_q_k_v_are_orthogonalised_apart():
 
     def update(scale):
         torch.manual_seed(0)
-        weight, gradient = torch.nn.Parameter(torch.zeros(16, 48)), torch.randn(16, 48)
+        weight = torch.nn.Parameter(torch.zeros(16, 48))
+        gradient = torch.randn(16, 48)
         gradient[:, 32:] *= scale
         weight.grad = gradient
         a100_train.Muon([dict(params=[weight], lr=1.0, weight_decay=0.0, split=3)]).step()
@@ -348,7 +363,8 @@ def test_two_byte_iteration_agrees_with_fp32(dtype, scale):
     space = {"torch": torch}
     exec(source.replace(on_gpu, f"x = x.to(torch.{dtype})"), space)
     matrix = scale * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    ours, expected = space["orthogonalize"](matrix), a100_train.orthogonalize(matrix)
+    ours = space["orthogonalize"](matrix)
+    expected = a100_train.orthogonalize(matrix)
     assert torch.isfinite(ours).all()
     assert F.cosine_similarity(ours.flatten(), expected.flatten(), dim=0) > 0.99
 
@@ -356,7 +372,8 @@ def test_two_byte_iteration_agrees_with_fp32(dtype, scale):
 def test_overflow_touches_nothing():
     """fp16 的一步溢出了：GradScaler 跳过它，权重和每一份 Muon、AdamW 的历史都逐位不变；下一步照常。"""
     model = tiny_model()
-    optimizer, scaler = muon_for(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = muon_for(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def step(bad):
         scaler.scale(model(**random_batch())["loss"]).backward()
@@ -382,8 +399,10 @@ def test_overflow_touches_nothing():
 
 def test_optimizer_state_can_be_loaded():
     """存了再读，接着走一步，与没有中断的逐位相同。"""
-    model, copy = tiny_model(), tiny_model()
-    optimizer, other = muon_for(model), muon_for(copy)
+    model = tiny_model()
+    copy = tiny_model()
+    optimizer = muon_for(model)
+    other = muon_for(copy)
     for seed in range(3):
         if seed == 2:
             copy.load_state_dict(model.state_dict())
@@ -452,7 +471,8 @@ class Spy:
 
 def test_evaluation_predicts_every_token_once(work_dir):
     """各来源首尾相接，每个 token（包括 </s>）恰好当一次答案；输入错开一位，最前面是 </s>，末尾补齐的不算。"""
-    spy, s = Spy(), evaluation(work_dir)
+    spy = Spy()
+    s = evaluation(work_dir)
     metrics = a100_train.held_out_loss(spy, s)
     tokens = np.fromfile(work_dir / "packed/eval.bin", dtype=np.uint16)
     inputs = np.array(spy.rows).flatten()
@@ -471,11 +491,14 @@ def test_evaluation_predicts_every_token_once(work_dir):
 
 def test_evaluation_is_shared_out(work_dir, monkeypatch):
     """两个进程各算一半的块，没有重的、没有漏的；加起来与一个进程的相同，每个进程得到的都是总数。"""
-    model, s = tiny_model(vocab_size=VOCAB_SIZE).eval(), evaluation(work_dir)
-    alone, spy = a100_train.held_out_loss(model, s), Spy()
+    model = tiny_model(vocab_size=VOCAB_SIZE).eval()
+    s = evaluation(work_dir)
+    alone = a100_train.held_out_loss(model, s)
+    spy = Spy()
     a100_train.held_out_loss(spy, s)
     monkeypatch.setattr(a100_train, "WORLD_SIZE", 2)
-    partial, rows = [], []
+    partial = []
+    rows = []
 
     def sum_over_ranks(tensor, reduction="mean"):
         assert reduction == "sum", "默认的是平均"

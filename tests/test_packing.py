@@ -42,7 +42,8 @@ def corpus_of(work_dir, split):
 
 def test_train_file_holds_exactly_the_training_documents(work_dir, sp):
     """每篇恰好一次，次序不变，每篇后面一个 </s>；解码回来一字不差（无损）。"""
-    tokens, texts = tokens_of(work_dir, "train"), [text for text, _ in corpus_of(work_dir, "train")]
+    tokens = tokens_of(work_dir, "train")
+    texts = [text for text, _ in corpus_of(work_dir, "train")]
     assert len(texts) > 2500 and documents_in(tokens, sp) == texts
     assert (tokens == EOS).sum() == len(texts)
     assert meta_of(work_dir)["train_tokens"] == len(tokens) and tokens.max() < VOCAB_SIZE
@@ -51,14 +52,17 @@ def test_train_file_holds_exactly_the_training_documents(work_dir, sp):
 
 def test_packed_ids_are_those_of_the_tokenizer(work_dir, sp):
     """train.bin 的前 200 篇与不切页、逐篇编码的编号相同：切页不改变编号。"""
-    tokens, texts = tokens_of(work_dir, "train"), [text for text, _ in corpus_of(work_dir, "train")[:200]]
+    tokens = tokens_of(work_dir, "train")
+    texts = [text for text, _ in corpus_of(work_dir, "train")[:200]]
     expected = [token for text in texts for token in [*sp.encode(text), EOS]]
     assert tokens[: len(expected)].tolist() == expected
 
 
 def test_eval_file_holds_each_source(work_dir, sp):
     """验证集按来源排在一起；位置、字符数都对；与训练集没有相同的一篇。"""
-    tokens, sources, position = tokens_of(work_dir, "eval"), meta_of(work_dir)["eval_sources"], 0
+    tokens = tokens_of(work_dir, "eval")
+    sources = meta_of(work_dir)["eval_sources"]
+    position = 0
     assert set(sources) == {"news", "reviews"}
     for name, place in sources.items():
         assert place["start"] == position
@@ -106,7 +110,8 @@ def test_long_documents_are_encoded_like_their_lines(sp, real_texts):
     """几万字的一篇，与逐行编码的编号几乎都相同（换行自成一个词块），解码一字不差。"""
     novel = "\n".join(text for texts in real_texts.values() for text in texts[:300])
     assert len(novel) > 5 * 8000
-    lines, newline = [[]], sp.piece_to_id("<0x0A>")
+    lines = [[]]
+    newline = sp.piece_to_id("<0x0A>")
     for token in a100_train.encode(sp, [novel])[:-1].tolist():
         lines[-1].append(token)
         if token == newline:
@@ -158,7 +163,9 @@ def test_changed_inputs_are_repacked(copied, folder, key):
 def test_killed_while_packing_is_packed_again(copied, monkeypatch):
     """写到一半被打断：留下的不算数，同一条命令重新打包。"""
     (copied / "packed/meta.json").unlink()
-    before, calls, encode = files_of(copied), [], a100_train.encode
+    before = files_of(copied)
+    calls = []
+    encode = a100_train.encode
 
     def interrupted(sp, texts):
         calls.append(1)

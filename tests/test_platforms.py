@@ -43,7 +43,8 @@ def test_every_requirement_line_is_understood(path):
         if not requirement.strip():
             continue
         assert reason.strip() or requirement.startswith("-r "), f"没有写为什么要它：{line}"
-        if included := re.match(r"-r (\S+)", requirement):
+        included = re.match(r"-r (\S+)", requirement)
+        if included:
             assert (path.parent / included[1]).is_file()
         else:
             Requirement(requirement)

@@ -28,7 +28,8 @@ OTHERS = {"help", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv
 
 def commands(page="README.md"):
     """一页里的每一条命令：[(脚本, 参数)]。命令块里的，和行内的 `python ……`。"""
-    found, text = [], (ROOT / page).read_text("utf-8")
+    found = []
+    text = (ROOT / page).read_text("utf-8")
     lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
     for line in lines + re.findall(r"`(python [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
         for part in re.split(r"&&|;", re.sub(r"(?:^|\s)#.*", "", line)):
@@ -48,7 +49,8 @@ def help_of(script, arguments=()):
     for folder in ("benchmarks", "docs", "docs/figures"):
         if str(ROOT / folder) not in sys.path:
             sys.path.insert(0, str(ROOT / folder))
-    module, old = importlib.import_module(script.rpartition("/")[2][:-3]), sys.argv
+    module = importlib.import_module(script.rpartition("/")[2][:-3])
+    old = sys.argv
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # 脚本会对它 reconfigure
     sys.argv = [script, *arguments, "--help"]
     try:
@@ -194,8 +196,10 @@ def test_keys_with_dots_and_missing_keys():
 
 def test_arithmetic():
     """参数、每步的 token、运算次数，与脚本里的设置和公式一致。"""
-    width, layers = FULL["n_embd"], FULL["n_layer"]
-    vocabulary, context = FULL["vocab_size"], FULL["block_size"]
+    width = FULL["n_embd"]
+    layers = FULL["n_layer"]
+    vocabulary = FULL["vocab_size"]
+    context = FULL["block_size"]
     layer = 12 * width**2 + 13 * width
     total = vocabulary * width + context * width + layers * layer + 2 * width
     for number in (vocabulary * width, context * width, layer, layers * layer, total):

@@ -19,7 +19,8 @@ pytest.importorskip("datatrove", reason="没有装 datatrove（pip install -r re
 def sources(tmp_path_factory, real_texts):
     """五个文件、三个来源，有跨文件和跨来源的重复、要清洗的文字；有一个来源很小。"""
     folder = tmp_path_factory.mktemp("scale")
-    news, reviews = real_texts["news"], real_texts["reviews"]
+    news = real_texts["news"]
+    reviews = real_texts["reviews"]
     files = {
         "a0": news[:1200],
         "a1": news[1000:2200] + ["<p>带标签的一段</p>"] * 3,

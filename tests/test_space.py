@@ -142,7 +142,8 @@ def test_hub_weights_are_fetched_when_used(app, folder, tmp_path, monkeypatch):
 
 def test_greedy_is_generate(app, run):
     """温度 0、不罚：与 transformers 的 greedy 逐个词块相同。"""
-    model, ids = run.model(), run.tokenizer("今天天气", return_tensors="pt")
+    model = run.model()
+    ids = run.tokenizer("今天天气", return_tensors="pt")
     expected = model.generate(**ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0].tolist()
     *_, (text, _) = app.write(run, model, "今天天气", 0, 50, 0.9, 1, 20, 42)
     assert text == run.tokenizer.decode(expected).replace("\ufffd", "")
@@ -308,7 +309,8 @@ def test_missing_model(app, tmp_path):
 
 def test_attention_by_hand(app, run):
     """第一层第一个头，照公式算一遍：LayerNorm、q 与 k 的内积除以 √d、只看前面、softmax。"""
-    model, ids = run.model(), run.tokenizer.encode("今天天气很好", add_special_tokens=False)
+    model = run.model()
+    ids = run.tokenizer.encode("今天天气很好", add_special_tokens=False)
     attentions, _ = app.look_inside(model, ids)
     assert len(attentions) == 6 and attentions[0].shape == (1, 2, len(ids), len(ids))
     for weights in attentions:
@@ -326,7 +328,8 @@ def test_attention_by_hand(app, run):
 
 def test_guesses_by_hand(app, run):
     """最后一层之后的猜测就是模型自己的；第 0 层只有词向量和位置向量；中间的由模型截短来算。"""
-    model, ids = run.model(), run.tokenizer.encode("今天天气很好", add_special_tokens=False)
+    model = run.model()
+    ids = run.tokenizer.encode("今天天气很好", add_special_tokens=False)
     _, guesses = app.look_inside(model, ids)
     assert guesses.shape == (7, len(run.tokenizer))
     assert torch.allclose(guesses[-1], app.forward(model, ids).softmax(-1), atol=1e-5)
@@ -334,7 +337,8 @@ def test_guesses_by_hand(app, run):
     with torch.inference_mode():
         x = transformer.wte(torch.tensor(ids[-1])) + transformer.wpe(torch.tensor(len(ids) - 1))
         first = model.lm_head(transformer.ln_f(x)).softmax(-1)
-        layers, transformer.h = transformer.h, transformer.h[:3]  # 一个三层的模型
+        layers = transformer.h
+        transformer.h = layers[:3]  # 一个三层的模型
         third = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
         transformer.h = layers
     assert torch.allclose(guesses[0], first, atol=1e-5) and torch.allclose(guesses[3], third, atol=1e-5)
@@ -583,7 +587,8 @@ def test_growth(browser):
     browser.find_element(By.ID, "both").click()
     wait(browser, lambda: value(browser, "growth-左") and value(browser, "growth-右"))
     time.sleep(2)
-    left, right = value(browser, "growth-左"), value(browser, "growth-右")
+    left = value(browser, "growth-左")
+    right = value(browser, "growth-右")
     assert left != right and "第 0 步，最近一次验证损失 5.90" in text_of(browser, "growth-左")
     before = browser.find_element(By.CSS_SELECTOR, "#curve svg").get_attribute("outerHTML")
     slider = browser.find_element(By.CSS_SELECTOR, "#slider-左 input[type=range]")

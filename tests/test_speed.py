@@ -60,7 +60,8 @@ def refused(chosen):
     return refuse
 
 
-MUON, ADAMW = a100_train.LEARNING_RATE["muon"], a100_train.LEARNING_RATE["adamw"]
+MUON = a100_train.LEARNING_RATE["muon"]
+ADAMW = a100_train.LEARNING_RATE["adamw"]
 # 计算能力：(precision, attn, compile)。7.0 V100、7.5 T4、8.0 A100、8.9 4090、9.0 H100
 OLD = ("fp16", "sdpa", False)
 NEW = ("bf16", "sdpa", True)
@@ -234,8 +235,10 @@ def test_tf32_is_set_after_the_trainer_is_built(work_dir, tmp_path, monkeypatch,
     s.precision, s.attn, s.optim, s.report_to = "fp32", "sdpa", "adamw_torch", "none"
     s.compile, s.tf32, s.total_steps, s.batch_size = True, tf32, 4, 32
     meta = a100_train.read_report(work_dir / "packed", "meta.json")
-    s.vocab_size, s.eval_sources = meta["vocab_size"], meta["eval_sources"]
-    original, before = a100_train.transformers.Trainer, torch.get_float32_matmul_precision()
+    s.vocab_size = meta["vocab_size"]
+    s.eval_sources = meta["eval_sources"]
+    original = a100_train.transformers.Trainer
+    before = torch.get_float32_matmul_precision()
 
     def trainer_on_a_gpu(*args, **kwargs):
         made = original(*args, **kwargs)

@@ -351,9 +351,8 @@ def test_reuse_rebuild_and_refuse(copied, capsys):
     assert said[3].startswith("例：") and said[4].startswith(f"写好 {folder}：验证集 ")
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["vocab_size"] == 600
     small = read_folder(folder)
-    (folder / "sentencepiece.model").write_bytes(
-        small["sentencepiece.model"][:1000]
-    )  # 不完整的重做，结果相同
+    # 不完整的重做，结果相同
+    (folder / "sentencepiece.model").write_bytes(small["sentencepiece.model"][:1000])
     call(train_tokenizer, *arguments, "--vocab_size", 600)
     assert read_folder(folder) == small
 

@@ -60,7 +60,8 @@ def split_log(folder):
 
 def check_close(work, finished, tolerance=1e-4):
     """权重几乎相同，日志每步恰一行。"""
-    ours, expected = load(weights(work)), load(weights(finished))
+    ours = load(weights(work))
+    expected = load(weights(finished))
     assert all((ours[name] - expected[name]).abs().mean() < tolerance for name in expected)
     train, held_out = split_log(work)
     assert [row["step"] for row in train] == list(range(1, STEPS + 1))
@@ -147,14 +148,17 @@ def test_final_model_loads_without_our_code(finished):
         for row in pq.read_table(path).to_pylist():
             texts[row["source"]].append(row["text"])
     stream = [token for name in texts for text in texts[name] for token in [*tokenizer(text)["input_ids"], 3]]
-    nats, inputs = [], [3, *stream[:-1]]
+    nats = []
+    inputs = [3, *stream[:-1]]
     for start in range(0, len(stream), 32):  # 与训练同样的窗口：各来源首尾相接，32 个 token 一块，各块独立
-        ids, answers = torch.tensor([inputs[start : start + 32]]), torch.tensor([stream[start : start + 32]])
+        ids = torch.tensor([inputs[start : start + 32]])
+        answers = torch.tensor([stream[start : start + 32]])
         with torch.no_grad():
             log_p = model(ids).logits.double().log_softmax(-1)
         nats += (-log_p.gather(-1, answers[:, :, None]).flatten()).tolist()
     reviews = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts["reviews"])
-    reported, losses = split_log(finished)[1][-1], nats[-reviews:]
+    reported = split_log(finished)[1][-1]
+    losses = nats[-reviews:]
     bits = sum(losses) / math.log(2) / sum(map(len, texts["reviews"]))
     assert reported["eval_reviews_loss"] == pytest.approx(sum(losses) / reviews, rel=1e-4)
     assert reported["eval_reviews_bits_per_char"] == pytest.approx(bits, rel=1e-4)
@@ -255,7 +259,8 @@ def test_accumulation_changes_nothing(work_dir, work, finished, no_plot, tmp_pat
 
 def out_of_memory(monkeypatch, rows, after=0):
     """前 after 次前向以后，训练时一次 rows 块或更多就显存不够。"""
-    original, calls = a100_train.GPT2LMHeadModel.forward, []
+    original = a100_train.GPT2LMHeadModel.forward
+    calls = []
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         if labels is not None:
@@ -302,7 +307,8 @@ def test_smaller_micro_batch_may_continue(work, finished, no_plot):
 
 def test_nan_stops_with_one_line(work, finished, no_plot, monkeypatch):
     """第 5 步的损失是 NaN：一行说清，之前的检查点完好，照着再跑（没有坏数了）逐位相同。"""
-    original, calls = a100_train.GPT2LMHeadModel.forward, []
+    original = a100_train.GPT2LMHeadModel.forward
+    calls = []
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         output = original(self, input_ids=input_ids, labels=labels, **kwargs)
@@ -387,7 +393,8 @@ def test_changed_setting_is_refused(work, no_plot, flag, value):
 def test_changed_data_is_refused_before_packing(work, no_plot, folder):
     """有检查点时语料或分词器换了一份：packed/ 和检查点一个字节也不动。"""
     for name in {folder, "tokenizer"}:
-        path, key = work / name / "report.json", "corpus_hash" if folder == "corpus" else "key"
+        path = work / name / "report.json"
+        key = "corpus_hash" if folder == "corpus" else "key"
         path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: "另一份"}), "utf-8")
     before = digest(work)
     assert "--fresh" in error_of(a100_train, "--work_dir", work, *TINY)
@@ -397,7 +404,8 @@ def test_changed_data_is_refused_before_packing(work, no_plot, folder):
 @pytest.mark.parametrize("argv", [["--corpus", "{other}"], ["--vocab_size", 800]])
 def test_other_data_asked_for_is_refused(work, tmp_path, real_texts, argv):
     """有检查点时，命令行上要另一份语料或词表：旁边的脚本报错，什么也不动。"""
-    other, before = write_jsonl(tmp_path / "other.jsonl", real_texts["news"][700:900]), digest(work)
+    other = write_jsonl(tmp_path / "other.jsonl", real_texts["news"][700:900])
+    before = digest(work)
     with pytest.raises(SystemExit) as stopped:
         call(a100_train, "--work_dir", work, *TINY, *[str(a).format(other=other) for a in argv])
     assert stopped.value.code not in (0, None) and digest(work) == before
@@ -578,7 +586,8 @@ def test_disk_full_while_saving(small_disk, work, finished, no_plot, monkeypatch
     before = digest(disk / "run/checkpoints/checkpoint-4")
     argv = ["--work_dir", disk / "run", *TINY]
     assert "磁盘不够" in error_of(a100_train, *argv), "开始之前就看得出来"
-    usage, answers = shutil.disk_usage, [argparse.Namespace(free=1 << 40)]  # 假装开始时看着够
+    usage = shutil.disk_usage
+    answers = [argparse.Namespace(free=1 << 40)]  # 假装开始时看着够
     monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage(path))
     assert "磁盘不够" in guarded(monkeypatch, capsys, *argv)
     assert digest(disk / "run/checkpoints/checkpoint-4") == before

@@ -18,8 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-LOGS, PICTURE = ROOT / "results" / "sick_curves", Path(__file__).with_name("sick_curves.png")
-BLOCKS, SMALL = 8, 12_000  # 每步 8 × 64 = 512 token；背书的两次只用 12,000 个训练 token，240 步读十遍
+LOGS = ROOT / "results" / "sick_curves"
+PICTURE = Path(__file__).with_name("sick_curves.png")
+BLOCKS = 8  # 每步 8 × 64 = 512 token
+SMALL = 12_000  # 背书的两次只用这么多个训练 token，240 步读十遍
 SICK = {  # 名字: (标题, 命令行, 改的是什么)
     "healthy": ("健康", [], ""),
     "high": ("学习率太高", ["--learning_rate", "0.8", "--muon_learning_rate", "1.0"], ""),
@@ -40,12 +42,13 @@ PANELS = [
 
 def edit_packed(folder):
     """改打包好的数据：只留开头一段训练文字；验证集分成没见过的（held_out）和这一段自己（seen）。"""
-    train, held_out, path = folder / "train.bin", folder / "eval.bin", folder / "meta.json"
-    meta, seen = json.loads(path.read_text(encoding="utf-8")), train.read_bytes()[: 2 * SMALL]
-    end, characters = (
-        held_out.stat().st_size // 2,
-        sum(part["characters"] for part in meta["eval_sources"].values()),
-    )
+    train = folder / "train.bin"
+    held_out = folder / "eval.bin"
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    seen = train.read_bytes()[: 2 * SMALL]
+    end = held_out.stat().st_size // 2
+    characters = sum(part["characters"] for part in meta["eval_sources"].values())
     train.write_bytes(seen)
     held_out.write_bytes(held_out.read_bytes() + seen)
     meta["eval_sources"] = {
@@ -66,7 +69,8 @@ def train_here(change, arguments):
     if "no_warmup" in change:
         a100_train.WARMUP = 0.0
     if "shuffled" in change:  # 模型还是看前文，要它猜的却是别处的 token
-        original, generator = a100_train.GPT2LMHeadModel.forward, torch.Generator().manual_seed(0)
+        original = a100_train.GPT2LMHeadModel.forward
+        generator = torch.Generator().manual_seed(0)
 
         def shuffled(self, input_ids=None, labels=None, **kwargs):
             if labels is not None and self.training:
@@ -138,7 +142,8 @@ def train_all(steps, jobs, names):
             stdout=subprocess.DEVNULL,
         )
         while wanted:
-            some, wanted = wanted[:jobs], wanted[jobs:]
+            some = wanted[:jobs]
+            wanted = wanted[jobs:]
             for name, (process, folder) in {
                 name: start(name, work / "base", steps, work) for name in some
             }.items():
